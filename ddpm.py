@@ -5,6 +5,7 @@ import inspect
 import itertools
 import math
 import os
+import pickle
 import random
 import re
 import signal
@@ -293,8 +294,11 @@ def train(
             print(f'Epoch {epoch + 1} | Loss {run.mean_loss(epoch):.5f}')
             if sample_every and (epoch + 1) % sample_every == 0:
                 name = f'progress/{run.path.name}_{epoch + 1:03d}.png'
-                *_, (_, x) = reverse_process(ema.module, fixed_noise, scheduler, few_steps)
-                save_grid(x, name)
+                for _, x in reverse_process(ema.module, fixed_noise, scheduler, few_steps):
+                    if run.signals:
+                        break
+                else:
+                    save_grid(x, name)
         run.stop_if_asked()
         draw_losses(run.losses, steps)
 
@@ -371,7 +375,7 @@ def inference(
     ema.load_state_dict(saved['ema'])
     model = ema.module.to(device, memory_format=torch.channels_last)
     scheduler = DDPM_Scheduler(num_time_steps).to(device)
-    set_seed(random.randrange(2**32) if seed == -1 else seed)
+    set_seed(fresh_seed() if seed == -1 else seed)
 
     channels, few_steps = saved['unet']['input_channels'], min(DDIM_STEPS, num_time_steps)
     times = sampling_times(num_time_steps, num_steps or num_time_steps)
@@ -440,6 +444,11 @@ def unet_arguments(unet, channels, num_time_steps):
         raise UserError(f'unet has {unknown}, but UNET takes only {list(UNET_DEFAULTS)}')
     of_data = {'input_channels': channels, 'output_channels': channels}
     return {**UNET_DEFAULTS, **of_data, **(unet or {}), 'time_steps': num_time_steps}
+
+
+def fresh_seed():
+    """A seed that no earlier set_seed decides."""
+    return random.SystemRandom().randrange(2**32)
 
 
 def derive(seed, stream, index):
@@ -537,14 +546,12 @@ def load_images(dataset, root='data'):
         check_file(folder / name, md5)
     try:
         images = torch.as_tensor(source(root, train=True, download=True).data)
-    except (RuntimeError, OSError) as error:
-        files = f' (put {", ".join(names)} into {folder})' if names else ''
+    except Exception as error:  # whatever torchvision makes of the files and the network
+        if names and all((folder / name).with_suffix('').exists() for name in names):
+            raise UserError(f'{folder} is damaged, delete it: {reason(error)}') from None
+        files = f'; the files to put into {folder} are {", ".join(names)}' if names else ''
         raise MissingData(
-            f'{dataset} is not in {root}/ and cannot be downloaded{files}: {reason(error)}'
-        ) from None
-    except Exception as error:
-        raise UserError(
-            f'{dataset} in {root}/ is damaged, delete it and run again: {reason(error)}'
+            f'{dataset} is not in {root}/ and cannot be downloaded ({reason(error, -1)}){files}'
         ) from None
     return images[:, None] if images.ndim == 3 else images.permute(0, 3, 1, 2)
 
@@ -629,15 +636,16 @@ class Run:
         self.saved = load_checkpoint(self.path) if self.path.exists() else None
         before = {**self.saved['unet'], **self.saved['config']} if self.saved else {}
         if self.config['seed'] == -1:
-            self.config['seed'] = before.get('seed', random.randrange(2**32))
+            self.config['seed'] = before.get('seed', fresh_seed())
+        check_number('seed', self.config['seed'], int, 0)
         for name, now in {**unet, **self.config}.items():
             then = before.get(name, now)
             if repr(then) == repr(now):
                 continue
             if name in unet or name in ('dataset', 'batch_size', 'seed'):
                 raise UserError(
-                    f'{self.path} is from a run with {name}={then}, this one has {name}={now}: put '
-                    'it back, or change checkpoint_path (or move the file away) to start afresh'
+                    f'{self.path} is from a run with {name}={repr(then):.99}, this one has '
+                    f'{name}={now!r}: put it back, or to start afresh change checkpoint_path'
                 )
             print(f'{name} was {then}, is {now} from here on')
         return self.config['seed']
@@ -675,7 +683,8 @@ class Run:
         """Takes the loss of a step, which is now done; saves, and stops, when it is time to."""
         self.losses[self.done] = loss.detach()
         self.done += 1
-        if self.bar.update(self.config['batch_size']):  # redrawn: only then is the loss read
+        drawn = self.bar.update(self.config['batch_size'])  # a few times a second at the most
+        if drawn or self.done % self.steps == 0:  # only then is the loss read
             pace = (time.monotonic() - self.begun_at) / (self.done - self.begun)
             left = tqdm.format_interval(pace * (self.total - self.done))
             epoch = (self.done - 1) // self.steps
@@ -725,9 +734,8 @@ class Run:
     def stop_if_asked(self):
         if self.signals:
             epoch, step = divmod(self.done, self.steps)
-            print(
-                f'\nStopped after {epoch} epochs and {step} steps; run again to go on from {self.path}'
-            )
+            print(f'\nStopped after {epoch} epochs and {step} steps, all saved in {self.path}.')
+            print('Run again to go on.')
             raise SystemExit(128 + self.signals[0])
 
 
@@ -744,6 +752,8 @@ def save_checkpoint(path, state):
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary(path), path)
+    except RuntimeError as error:  # torch.save puts its own in place of a full disk's OSError
+        raise error.__context__ if isinstance(error.__context__, OSError) else error from None
     finally:
         temporary(path).unlink(missing_ok=True)
 
@@ -755,18 +765,25 @@ def load_checkpoint(path):
     try:
         saved = torch.load(path, map_location='cpu', weights_only=True)
         saved = {'unet': UNET_DEFAULTS, 'config': {}, 'losses': torch.zeros(0), **saved}
-        check_numbers(saved['config'])
+        check_numbers(dict(saved['config']))
         check_tensors(saved)
+        return saved
+    except FileNotFoundError:
+        raise UserError(f'there is no checkpoint {path}: train first') from None
     except Exception as error:  # whatever a damaged or hostile file sets off
+        unsafe = isinstance(error, pickle.UnpicklingError)
+        why = 'it holds more than tensors and plain values' if unsafe else reason(error)
         raise UserError(
-            f'{path} is not a usable checkpoint ({reason(error)}). It is left as it is: to start afresh '
-            'move it away or change checkpoint_path'
+            f'{path} is not a usable checkpoint: {why}. It stays as it is: to start afresh, move '
+            'it away or change checkpoint_path'
         ) from None
-    return saved
 
 
 def check_tensors(saved):
     """Raises ValueError unless a checkpoint's tensors are finite and those of its UNET."""
+    for name in ('weights', 'optimizer', 'ema'):
+        if not isinstance(saved.get(name), dict):
+            raise ValueError(f'no entry {name}')
     with torch.device('meta'):  # shapes only
         shapes = {key: value.shape for key, value in UNET(**saved['unet']).state_dict().items()}
     expected = {f'weights {key}': shape for key, shape in shapes.items()}
@@ -791,9 +808,9 @@ def check_tensors(saved):
             raise ValueError(f'{name} is not finite')
 
 
-def reason(error):
-    """The first line of what an exception says."""
-    return (str(error) or type(error).__name__).splitlines()[0][:200]
+def reason(error, line=0):
+    """One line of what an exception says, the first if not told otherwise."""
+    return (str(error).strip() or type(error).__name__).splitlines()[line][:200]
 
 
 # ---- Pictures --------------------------------------------------------------------------------
@@ -802,7 +819,7 @@ def reason(error):
 def to_picture(image):
     """(C, H, W) or (1, C, H, W) -> what imshow takes, its values clamped to [0, 1]."""
     picture = image.reshape(image.shape[-3:]).float().clamp(0, 1).cpu()
-    return picture[0] if len(picture) == 1 else picture.permute(1, 2, 0)
+    return (picture[0] if len(picture) == 1 else picture.permute(1, 2, 0)).numpy()
 
 
 def to_grid(x, columns=8, scale=2):
@@ -833,6 +850,8 @@ def save_animation(frames, name):
 def save_figure(figure, name):
     OUTPUTS.mkdir(parents=True, exist_ok=True)
     figure.savefig(OUTPUTS / name, dpi=150, bbox_inches='tight')
+    if not has_screen():
+        plt.close(figure)
 
 
 def draw_strips(strips, labels):

@@ -1,0 +1,308 @@
+"""Never lose a run: the real program, stopped and killed at random moments, at a tiny size.
+
+`python -m pytest tests/test_faults.py --kills 300` is the long soak.
+"""
+
+import os
+import random
+import re
+import resource
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, TINY, TINY_PREVIEW, run_program
+from test_training import assert_identical
+
+import ddpm
+
+EPOCHS, STEPS = 100, 300  # of the run that is stopped again and again
+EDITS = f'{TINY_PREVIEW}\nddpm.PREVIEW.update(num_epochs={EPOCHS}, save_minutes=0)\n'
+
+# A process that has torch loaded already and forks the program again and again: a start takes
+# milliseconds, and the child that is killed is a process of its own.
+NURSERY = f"""
+import os, signal, sys, time
+sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]
+import torch
+torch.set_num_threads(1)
+import ddpm
+{EDITS}
+ddpm.inference = lambda *a, **k: None
+save, replace = torch.save, os.replace
+
+def slow_save(state, file):
+    save(state, file)
+    file.flush()
+    time.sleep(0.004)
+
+def slow_replace(a, b):
+    time.sleep(0.004)
+    replace(a, b)
+    time.sleep(0.004)
+
+for line in sys.stdin:
+    slow, folder = line.split()
+    child = os.fork()
+    if child == 0:
+        os.chdir(folder)
+        for number, name in ((1, 'out'), (2, 'err')):
+            os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+        sys.argv = ['ddpm.py', '--preview']
+        if slow == 'slow':
+            torch.save, os.replace = slow_save, slow_replace
+        code = 1
+        try:
+            ddpm.main()
+            code = 0
+        except SystemExit as end:
+            if isinstance(end.code, str):
+                print(end.code, file=sys.stderr)
+            else:
+                code = end.code or 0
+        finally:
+            sys.stdout.flush()
+            os._exit(code)
+    print(child, flush=True)
+    _, status = os.waitpid(child, 0)
+    print(os.waitstatus_to_exitcode(status), flush=True)
+"""
+
+
+class Nursery:
+    def __init__(self):
+        command = [sys.executable, '-c', NURSERY]
+        pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1)
+        self.process = subprocess.Popen(
+            command, env={**os.environ, 'OMP_NUM_THREADS': '1'}, **pipes
+        )
+
+    def start(self, folder, slow=False):
+        """The process id of the program, started in a folder."""
+        print('slow' if slow else 'fast', folder, file=self.process.stdin, flush=True)
+        return int(self.process.stdout.readline())
+
+    def end(self):
+        """Waits for the program; its exit code, or minus the signal that killed it."""
+        return int(self.process.stdout.readline())
+
+
+@pytest.fixture(scope='module')
+def nursery():
+    nursery = Nursery()
+    yield nursery
+    nursery.process.stdin.close()
+    nursery.process.wait()
+
+
+@pytest.fixture(scope='module')
+def uninterrupted(nursery, tmp_path_factory):
+    """The checkpoint of the run that was never stopped, and the seconds it took."""
+    folder = tmp_path_factory.mktemp('uninterrupted')
+    begun = time.monotonic()
+    nursery.start(folder, slow=True)
+    assert nursery.end() == 0, (folder / 'err').read_text()
+    return load(folder), time.monotonic() - begun
+
+
+def load(folder):
+    return torch.load(folder / 'checkpoints/tiny', weights_only=True)
+
+
+def stop_at_random_moments(nursery, folder, signals, count, longest, rng):
+    """Starts the run over and over, sends it one of the signals after a random time, and when that
+    has happened `count` times lets it go to its end. Returns what is left to look at: exit codes,
+    the steps in the file after each stop, and how many were stopped inside a save."""
+    codes, steps, inside = [], [0], 0
+    stops = 0
+    while stops < count:
+        child = nursery.start(folder, slow=True)
+        timer = threading.Timer(rng.uniform(0, longest), os.kill, (child, rng.choice(signals)))
+        timer.start()
+        codes.append(nursery.end())
+        timer.cancel()
+        timer.join()
+        stops += codes[-1] != 0
+        inside += (folder / 'checkpoints/tiny.tmp').exists()
+        if (folder / 'checkpoints/tiny').exists():
+            steps.append(len(load(folder)['losses']))
+            if codes[-1] == 0:  # finished before the stop: once more from the beginning
+                (folder / 'checkpoints/tiny').unlink()
+                steps.append(0)
+    nursery.start(folder)
+    assert nursery.end() == 0, (folder / 'err').read_text()
+    return codes, steps, inside
+
+
+def test_killed_at_random_moments(nursery, uninterrupted, tmp_path, request, record_property):
+    """kill -9: the file is always whole, never goes back, and the end is bit-identical."""
+    reference, seconds = uninterrupted
+    rng, kills = random.Random(0), request.config.getoption('--kills')
+    codes, steps, inside = stop_at_random_moments(
+        nursery, tmp_path, [signal.SIGKILL], kills, min(2.0, seconds / 3), rng
+    )
+    assert codes.count(-signal.SIGKILL) == kills
+    assert set(codes) <= {-signal.SIGKILL, 0}
+    assert all(a <= b or b == 0 for a, b in zip(steps, steps[1:]))
+    assert inside > 0, 'no kill fell into a save: the test tests too little'
+    assert_identical(load(tmp_path), reference)
+    assert sorted(os.listdir(tmp_path / 'checkpoints')) == ['tiny']
+    print(f'{kills} kills survived, {inside} of them inside a save; 0 bytes differ')
+
+
+def test_stopped_at_random_moments(nursery, uninterrupted, tmp_path):
+    """Ctrl-C and SIGTERM: saved to the step, said so, gone in time, and bit-identical."""
+    reference, seconds = uninterrupted
+    stops = [signal.SIGINT, signal.SIGTERM]
+    codes, steps, _ = stop_at_random_moments(
+        nursery, tmp_path, stops, 20, min(2.0, seconds / 3), random.Random(1)
+    )
+    # before the run is under way SIGTERM ends it the plain way, and Ctrl-C with 130
+    assert set(codes) <= {130, 143, -signal.SIGTERM, 0}
+    assert {130, 143} <= set(codes)
+    said = re.findall(r'Stopped after (\d+) epochs and (\d+) steps', (tmp_path / 'out').read_text())
+    assert {int(e) * 3 + int(s) for e, s in said} <= set(steps)
+    assert 'Traceback' not in (tmp_path / 'err').read_text()
+    assert_identical(load(tmp_path), reference)
+    assert sorted(os.listdir(tmp_path / 'checkpoints')) == ['tiny']
+
+
+def test_a_second_ctrl_c_while_saving(nursery, uninterrupted, tmp_path):
+    for _ in range(3):
+        child = nursery.start(tmp_path, slow=True)
+        while not (tmp_path / 'checkpoints/tiny').exists():
+            time.sleep(0.01)
+        for _ in range(20):  # some are sure to fall into a save, which takes 12 ms
+            time.sleep(0.002)
+            try:
+                os.kill(child, signal.SIGINT)
+            except ProcessLookupError:
+                break
+        assert nursery.end() == 130
+        load(tmp_path)
+    nursery.start(tmp_path)
+    assert nursery.end() == 0
+    assert_identical(load(tmp_path), uninterrupted[0])
+
+
+def test_two_runs_on_one_checkpoint(tmp_path):
+    slow = 'import time\nloss = ddpm.diffusion_loss\n'
+    slow += 'ddpm.diffusion_loss = lambda *a: time.sleep(0.2) or loss(*a)\n'
+    first = run_program(tmp_path, EDITS + slow, '--preview', wait=False)
+    try:
+        while not (tmp_path / 'checkpoints/tiny').exists():
+            assert first.poll() is None
+            time.sleep(0.05)
+        second = run_program(tmp_path, EDITS, '--preview')
+        assert second.returncode == 1
+        last = second.stderr.splitlines()[-1]
+        assert last.startswith('ddpm.py: another run is using checkpoints/tiny')
+        other = EDITS + 'ddpm.PREVIEW.update(checkpoint_path="checkpoints/other", num_epochs=1)'
+        assert run_program(tmp_path, other, '--preview').returncode == 0
+        assert first.poll() is None
+    finally:
+        first.kill()
+        first.communicate()
+    # the claim of a dead process does not block
+    assert (tmp_path / 'checkpoints/tiny.lock').exists()
+    done = run_program(tmp_path, f'{EDITS}ddpm.PREVIEW["num_epochs"] = 3', '--preview')
+    assert done.returncode == 0, done.stderr
+    assert sorted(os.listdir(tmp_path / 'checkpoints')) == ['other', 'tiny']
+
+
+def test_a_full_disk_is_reported_and_survived(workdir, monkeypatch, capfd):
+    """The disk is full for the first two saves; training goes on, and the third is written."""
+    ddpm.train(**{**TINY, 'num_epochs': 1})
+    before = Path('checkpoints/tiny').read_bytes()
+    save, sizes = ddpm.save_checkpoint, []
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+
+    def save_with_little_room(path, state):
+        sizes.append(len(state['losses']))
+        full = len(sizes) <= 2
+        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000 if full else limits[0], limits[1]))
+        try:
+            save(path, state)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+            if full:
+                assert Path('checkpoints/tiny').read_bytes() == before
+                assert sorted(os.listdir('checkpoints')) == ['tiny', 'tiny.lock']
+
+    monkeypatch.setattr(ddpm, 'save_checkpoint', save_with_little_room)
+    try:
+        ddpm.train(**{**TINY, 'num_epochs': 3, 'save_minutes': 0})
+    finally:
+        signal.signal(signal.SIGXFSZ, handler)
+    err = capfd.readouterr().err
+    assert err.count('cannot write checkpoints/tiny') == 2
+    assert 'training goes on' in err
+    assert len(ddpm.load_checkpoint('checkpoints/tiny')['losses']) == 9
+
+
+@pytest.mark.parametrize('error', [OSError(28, 'No space left on device'), PermissionError('no')])
+def test_no_room_for_the_last_save(workdir, monkeypatch, error):
+    ddpm.train(**{**TINY, 'num_epochs': 1})
+    before = Path('checkpoints/tiny').read_bytes()
+
+    def fail(fd):
+        raise error
+
+    monkeypatch.setattr(os, 'fsync', fail)
+    with pytest.raises(ddpm.UserError, match='cannot write checkpoints/tiny .*is unharmed'):
+        ddpm.train(**TINY)
+    assert Path('checkpoints/tiny').read_bytes() == before
+    assert os.listdir('checkpoints') == ['tiny']
+
+
+def test_a_full_file_system(tmp_path):
+    """The same on a real, full file system (where the test may mount one)."""
+    folder = tmp_path / 'checkpoints'
+    folder.mkdir()
+    mount = ['mount', '-t', 'tmpfs', '-o', 'size=300k', 'tmpfs', str(folder)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip('may not mount a tmpfs here')
+    try:
+        done = run_program(tmp_path, EDITS + 'ddpm.PREVIEW["num_epochs"] = 2', '--preview')
+        assert done.returncode == 1
+        assert 'training goes on' in done.stderr
+        assert 'ddpm.py: cannot write checkpoints/tiny' in done.stderr.splitlines()[-1]
+        assert 'Traceback' not in done.stderr
+        assert os.listdir(folder) == []
+    finally:
+        subprocess.run(['umount', str(folder)], check=True)
+
+
+def test_a_folder_without_write_permission(tmp_path):
+    if os.geteuid() == 0:
+        pytest.skip('root may write everywhere')
+    folder = tmp_path / 'checkpoints'
+    folder.mkdir(mode=0o500)
+    done = run_program(tmp_path, EDITS, '--preview')
+    assert done.returncode == 1
+    assert 'cannot write checkpoints/tiny' in done.stderr.splitlines()[-1]
+
+
+def test_a_stop_while_the_samples_are_drawn(workdir, monkeypatch):
+    """Ctrl-C during the grid after the last epoch: nothing more is drawn, nothing is lost."""
+    process = ddpm.reverse_process
+
+    def stopped(*arguments):
+        for i, item in enumerate(process(*arguments)):
+            if i == 2:
+                os.kill(os.getpid(), signal.SIGINT)
+            yield item
+
+    monkeypatch.setattr(ddpm, 'reverse_process', stopped)
+    with pytest.raises(SystemExit) as end:
+        ddpm.train(**{**TINY, 'num_epochs': 1, 'sample_every': 1})
+    assert end.value.code == 130
+    assert len(ddpm.load_checkpoint('checkpoints/tiny')['losses']) == 3
+    assert not Path('outputs/progress').exists()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler

@@ -1,0 +1,264 @@
+"""The UNET against the article's facts and against a second way of computing it."""
+
+import inspect
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import SMALL, small_unet
+
+import ddpm
+
+
+def test_parameters_keys_and_their_order():
+    model = ddpm.UNET()
+    assert sum(p.numel() for p in model.parameters()) == 35_178_689
+    keys = list(model.state_dict())
+    block = ['gnorm1', 'gnorm2', 'conv1', 'conv2']
+    parts = ['shallow_conv', 'late_conv', 'output_conv']
+    for i in range(1, 7):
+        parts += [f'Layer{i}.ResBlock{j}.{name}' for j in (1, 2) for name in block]
+        parts += [f'Layer{i}.conv']
+        parts += [f'Layer{i}.attention_layer.proj{j}' for j in (1, 2) if i in (2, 6)]
+    assert keys == [f'{part}.{kind}' for part in parts for kind in ('weight', 'bias')]
+    assert len(keys) == 122
+    assert [name for name, _ in model.named_parameters()] == keys
+
+
+def test_names_and_order_of_definitions_are_the_articles():
+    source = inspect.getsource(ddpm)
+    names = ['SinusoidalEmbeddings', 'ResBlock', 'Attention', 'UnetLayer', 'UNET']
+    names = [f'class {name}(nn.Module)' for name in [*names, 'DDPM_Scheduler']]
+    names += [f'def {f}(' for f in ('set_seed', 'train', 'display_reverse', 'inference', 'main')]
+    places = [source.index(name) for name in names]
+    assert places == sorted(places)
+
+
+@pytest.mark.parametrize(
+    'function, arguments',
+    [
+        (
+            ddpm.train,
+            dict(
+                batch_size=64,
+                num_time_steps=1000,
+                num_epochs=15,
+                seed=-1,
+                ema_decay=0.9999,
+                lr=2e-5,
+                checkpoint_path=None,
+            ),
+        ),
+        (ddpm.inference, dict(checkpoint_path=None, num_time_steps=1000, ema_decay=0.9999)),
+        (ddpm.set_seed, dict(seed=42)),
+        (ddpm.DDPM_Scheduler, dict(num_time_steps=1000)),
+        (
+            ddpm.UNET,
+            dict(
+                Channels=[64, 128, 256, 512, 512, 384],
+                Attentions=[False, True, False, False, False, True],
+                Upscales=[False, False, False, True, True, True],
+                num_groups=32,
+                dropout_prob=0.1,
+                num_heads=8,
+                input_channels=1,
+                output_channels=1,
+                time_steps=1000,
+            ),
+        ),
+    ],
+)
+def test_signatures_begin_as_in_the_article(function, arguments):
+    parameters = list(inspect.signature(function).parameters.values())[: len(arguments)]
+    assert {p.name: p.default for p in parameters} == arguments
+    assert [p.name for p in parameters] == list(arguments)
+
+
+def functional_unet(weights, x, t, attentions, num_groups, num_heads, embed_dim):
+    """The forward pass from the state_dict alone: loops and sums instead of modules."""
+    position = t.double()[:, None]
+    i = torch.arange(embed_dim // 2).double()
+    angle = position * 10000 ** (-2 * i / embed_dim)
+    table = torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(1).float()
+
+    def conv(name, x, **kwargs):
+        return F.conv2d(x, weights[name + '.weight'], weights[name + '.bias'], **kwargs)
+
+    def group_norm(name, x):
+        grouped = x.reshape(len(x), num_groups, -1)
+        mean = grouped.mean(-1, keepdim=True)
+        variance = grouped.var(-1, unbiased=False, keepdim=True)
+        x = ((grouped - mean) / (variance + 1e-5).sqrt()).reshape(x.shape)
+        scale, shift = weights[name + '.weight'], weights[name + '.bias']
+        return x * scale[:, None, None] + shift[:, None, None]
+
+    def res_block(name, x):
+        x = x + table[:, : x.shape[1], None, None]
+        r = conv(f'{name}.conv1', group_norm(f'{name}.gnorm1', x).relu(), padding=1)
+        return conv(f'{name}.conv2', group_norm(f'{name}.gnorm2', r).relu(), padding=1) + x
+
+    def attention(name, x):
+        B, C, H, W = x.shape
+        D = C // num_heads
+        tokens = x.flatten(2).transpose(1, 2)  # (B, L, C)
+        qkv = tokens @ weights[f'{name}.proj1.weight'].T + weights[f'{name}.proj1.bias']
+        out = torch.zeros_like(tokens)
+        for head in range(num_heads):
+            # the output axis of proj1 counts (channel of the head, head, qkv), the last fastest
+            columns = torch.arange(D)[:, None] * num_heads * 3 + head * 3 + torch.arange(3)
+            q, k, v = qkv[..., columns].unbind(-1)  # (B, L, D) each
+            scores = torch.softmax(q @ k.transpose(1, 2) / math.sqrt(D), dim=-1)
+            out[..., torch.arange(D) * num_heads + head] = scores @ v
+        out = out @ weights[f'{name}.proj2.weight'].T + weights[f'{name}.proj2.bias']
+        return out.transpose(1, 2).reshape(B, C, H, W)
+
+    x = conv('shallow_conv', x, padding=1)
+    n, skips = len(attentions), []
+    for i in range(1, n + 1):
+        x = res_block(f'Layer{i}.ResBlock1', x)
+        x = attention(f'Layer{i}.attention_layer', x) if attentions[i - 1] else x
+        x = res_block(f'Layer{i}.ResBlock2', x)
+        if i <= n // 2:
+            skips.append(x)
+            x = conv(f'Layer{i}.conv', x, stride=2, padding=1)
+        else:
+            weight, bias = weights[f'Layer{i}.conv.weight'], weights[f'Layer{i}.conv.bias']
+            x = F.conv_transpose2d(x, weight, bias, stride=2, padding=1)
+            x = torch.cat([x, skips[n - i]], dim=1)
+    return conv('output_conv', conv('late_conv', x, padding=1).relu())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('default', [False, True])
+def test_forward_is_the_function_of_its_state_dict(default):
+    torch.manual_seed(0)
+    model = ddpm.UNET().eval() if default else small_unet()
+    for name, value in model.named_parameters():
+        if 'gnorm' in name:  # not ones and zeros, which would hide a swap
+            value.uniform_(0.5, 1.5)
+    x, t = torch.randn(2, 1, 32, 32), torch.tensor([3, 977])
+    shape = ([False, True, False, False, False, True], 32, 8, 512)
+    attentions, groups, heads, width = shape if default else (SMALL['Attentions'], 4, 2, 32)
+    expected = functional_unet(model.state_dict(), x, t, attentions, groups, heads, width)
+    torch.testing.assert_close(model(x, t), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_embeddings_are_the_closed_form():
+    module = ddpm.SinusoidalEmbeddings(time_steps=1000, embed_dim=512)
+    t = [0, 1, 17, 999]
+    out = module(torch.zeros(4, 1, 2, 2), t)
+    assert out.shape == (4, 512, 1, 1)
+    for row, position in zip(out[:, :, 0, 0].tolist(), t):
+        for i in (0, 1, 100, 255):
+            angle = position * 10000 ** (-2 * i / 512)
+            assert row[2 * i] == pytest.approx(math.sin(angle), abs=1e-4)
+            assert row[2 * i + 1] == pytest.approx(math.cos(angle), abs=1e-4)
+
+
+def test_tables_are_buffers_outside_the_state_dict():
+    for module in (ddpm.UNET(**SMALL), ddpm.DDPM_Scheduler()):
+        assert dict(module.named_buffers())
+        assert not dict(module.named_buffers()).keys() & module.state_dict().keys()
+
+
+def test_a_seed_gives_the_articles_initial_weights():
+    """The article draws the modules in the order of the keys, each by torch's own default."""
+    ddpm.set_seed(5)
+    model = ddpm.UNET(**SMALL)
+    ddpm.set_seed(5)
+    for name, module in model.named_modules():
+        if hasattr(module, 'reset_parameters'):
+            weight, bias = module.weight.clone(), module.bias.clone()
+            module.reset_parameters()
+            assert torch.equal(module.weight, weight), name
+            assert torch.equal(module.bias, bias), name
+
+
+def test_set_seed_repeats_every_generator():
+    import random
+
+    import numpy as np
+
+    def draws():
+        ddpm.set_seed(3)
+        return torch.rand(3).tolist(), np.random.rand(3).tolist(), random.random()
+
+    assert draws() == draws()
+    assert torch.backends.cudnn.deterministic
+    assert not torch.backends.cudnn.benchmark
+
+
+def test_dropout_only_while_training():
+    model = small_unet(dropout_prob=0.5)
+    x, t = torch.randn(2, 1, 32, 32), torch.tensor([3, 5])
+    assert torch.equal(model(x, t), model(x, t))
+    attention = ddpm.Attention(16, 2, 0.5)
+    x = torch.randn(1, 16, 4, 4)
+    assert not torch.equal(attention(x), attention(x))
+    attention.eval()
+    assert torch.equal(attention(x), attention(x))
+
+
+def test_time_may_be_a_list_or_shared():
+    model, x = small_unet(), torch.randn(3, 1, 32, 32)
+    expected = model(x, torch.tensor([7, 7, 7]))
+    for t in ([7, 7, 7], [7], torch.tensor([7])):
+        torch.testing.assert_close(model(x, t), expected)
+    assert not torch.allclose(model(x, [8]), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    'changes, words',
+    [
+        (dict(Attentions=[True] * 3), 'Attentions and Upscales have 4, 3 and 4'),
+        (dict(Channels=[8, 16, 32]), 'same even number'),
+        (
+            dict(Channels=[8, 16, 32], Attentions=[False] * 3, Upscales=[False, True, True]),
+            'same even number',
+        ),
+        (dict(Upscales=[False, True, False, True]), '2 times False, then 2 times True'),
+        (dict(Channels=[8, 16, 32, 48]), r'from 8 on they must be \[8, 16, 32, 32\]'),
+        (dict(Channels=[0, 0, 0, 0]), r'Channels\[0\] is 0'),
+        (dict(num_groups=5), 'num_groups 5 does not divide the 8'),
+        (dict(num_groups=0), 'num_groups is 0'),
+        (dict(num_heads=3), 'num_heads 3 does not divide the 16'),
+        (dict(dropout_prob=1.5), 'dropout_prob is 1.5'),
+    ],
+)
+def test_a_configuration_that_does_not_fit(changes, words):
+    with pytest.raises(ValueError, match=words):
+        ddpm.UNET(**{**SMALL, **changes})
+
+
+@pytest.mark.parametrize(
+    'shape, t, words',
+    [
+        ((2, 3, 32, 32), [1], r'must be \(batch, 1, height, width\)'),
+        ((1, 32, 32), [1], r'must be \(batch, 1, height, width\)'),
+        ((2, 1, 30, 32), [1], 'multiples of 4'),
+        ((2, 1, 32, 32), [1, 1000], 'outside 0 .. 999'),
+        ((2, 1, 32, 32), [-1], 'outside 0 .. 999'),
+        ((2, 1, 32, 32), torch.tensor([1, 2, 3]), '1 or 2 whole numbers'),
+        ((2, 1, 32, 32), torch.tensor([0.5]), '1 or 2 whole numbers'),
+    ],
+)
+def test_an_input_that_does_not_fit(shape, t, words):
+    with pytest.raises(ValueError, match=words):
+        small_unet()(torch.zeros(shape), t)
+
+
+def test_colour_images():
+    model = small_unet(input_channels=3, output_channels=3)
+    assert model(torch.randn(2, 3, 32, 32), [4]).shape == (2, 3, 32, 32)
+
+
+@pytest.mark.skipif(not ddpm.has_bf16(torch.device('cpu')), reason='no bfloat16 in this CPU')
+def test_bfloat16_is_close_to_float32():
+    model = small_unet().to(memory_format=torch.channels_last)
+    x, t = torch.randn(8, 1, 32, 32), torch.arange(0, 1000, 125)
+    with torch.no_grad():
+        exact = model(x, t)
+        with ddpm.autocast(x.device):
+            rough = model(x, t).float()
+    assert 0 < (rough - exact).norm() / exact.norm() < 2e-2
