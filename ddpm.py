@@ -13,11 +13,13 @@ import sys
 import time
 import zlib
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from einops import rearrange
 from matplotlib.backends.registry import BackendFilter, backend_registry
@@ -26,6 +28,7 @@ from matplotlib.path import Path as Polygons
 from matplotlib.textpath import TextPath
 from timm.utils import ModelEmaV3
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torchvision import datasets
 from torchvision.datasets.utils import check_integrity
 from torchvision.transforms.functional import to_pil_image
@@ -254,6 +257,10 @@ def train(
     config = {k: v for k, v in locals().items() if k not in ('checkpoint_path', 'unet')}
     check_numbers(config)
     device, few_steps = best_device(), min(DDIM_STEPS, num_time_steps)
+    rank, world = ranks()  # of several processes each takes its share of every batch
+    share = slice(rank * batch_size // world, (rank + 1) * batch_size // world)
+    if batch_size % world:
+        raise UserError(f'batch_size is {batch_size}, which {world} processes cannot share evenly')
     with Run(checkpoint_path or CHECKPOINT, config) as run:
         images = load_images(dataset).to(device)  # (N, C, H, W) uint8
         steps = len(images) // batch_size  # of an epoch; the last partial batch is dropped
@@ -268,6 +275,7 @@ def train(
         optimizer = torch.optim.Adam(model.parameters(), lr=lr, fused=device.type == 'cuda')
         ema = ModelEmaV3(model, decay=ema_decay)
         run.restore(model, optimizer, ema)
+        fast_model = fast(model, images.shape[1], batch_size // world)
         draws = torch.Generator(device)
         fixed_noise = torch.randn(
             64, images.shape[1], 32, 32, generator=draws.manual_seed(0), device=device
@@ -279,20 +287,20 @@ def train(
             for step in run.progress(epoch):
                 # every random number is a function of seed and step: that makes resuming exact
                 draws.manual_seed(derive(seed, 1, run.done))
-                torch.manual_seed(derive(seed, 2, run.done))  # dropout's
+                torch.manual_seed(derive(seed, 2 + rank, run.done))  # dropout's
 
                 # Algorithm 1, lines 2 to 5
                 x = to_input(images[order[step * batch_size : (step + 1) * batch_size]])
                 t = torch.randint(num_time_steps, (batch_size,), generator=draws, device=device)
                 eps = torch.randn(x.shape, generator=draws, device=device)
-                loss = diffusion_loss(model, scheduler, x, t, eps)
+                loss = diffusion_loss(fast_model, scheduler, x[share], t[share], eps[share])
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
                 ema.update(model)
                 run.record(loss)
-            print(f'Epoch {epoch + 1} | Loss {run.mean_loss(epoch):.5f}')
-            if sample_every and (epoch + 1) % sample_every == 0:
+            say(f'Epoch {epoch + 1} | Loss {run.mean_loss(epoch):.5f}')
+            if rank == 0 and sample_every and (epoch + 1) % sample_every == 0:
                 name = f'progress/{run.path.name}_{epoch + 1:03d}.png'
                 for _, x in reverse_process(ema.module, fixed_noise, scheduler, few_steps):
                     if run.signals:
@@ -300,6 +308,7 @@ def train(
                 else:
                     save_grid(x, name)
         run.stop_if_asked()
+    if rank == 0:
         draw_losses(run.losses, steps)
 
 
@@ -378,19 +387,23 @@ def inference(
     set_seed(fresh_seed() if seed == -1 else seed)
 
     channels, few_steps = saved['unet']['input_channels'], min(DDIM_STEPS, num_time_steps)
+    rank, world = ranks()
+    bar = partial(tqdm, unit='step', disable=rank > 0)
     times = sampling_times(num_time_steps, num_steps or num_time_steps)
     shown = [min(times, key=lambda t: abs(t - s * num_time_steps / 1000)) for s in STRIP_TIMES]
     x = torch.randn(10, channels, 32, 32, device=device)
     process = reverse_process(model, x, scheduler, num_steps)
-    process = tqdm(process, 'Reverse process', total=len(times), unit='step')
+    process = bar(process, 'Reverse process', total=len(times))
     kept = {t: x.cpu() for t, x in process if t in [*shown, times[-1]]}
     strips = torch.stack([kept[t] for t in [*shown, times[-1]]], dim=1)  # (10, 10 times, C, H, W)
+
+    x = torch.randn(64, channels, 32, 32, device=device).tensor_split(world)[rank]
+    process = bar(reverse_process(model, x, scheduler, few_steps), 'Grid of 64', total=few_steps)
+    frames = joined(torch.stack([x.cpu(), *(x.cpu() for _, x in process)]))  # (51, 64, C, H, W)
+    if rank > 0:
+        return
     draw_strips(strips, [f't = {t}' for t in shown] + ['$x_0$'])
     save_grid(strips[:, -1], 'digits.png', columns=5)
-
-    x = torch.randn(64, channels, 32, 32, device=device)
-    process = reverse_process(model, x, scheduler, few_steps)
-    frames = [x.cpu()] + [x.cpu() for _, x in tqdm(process, 'Grid of 64', few_steps, unit='step')]
     save_grid(frames[-1], 'grid.png')
     save_animation(frames, 'reverse.gif')
     if has_screen():
@@ -419,11 +432,70 @@ NUMBERS = {  # what may be asked of train: type, least, most
 }
 
 
+def ranks():
+    """This process's number and how many there are: (0, 1) unless torchrun started us."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
 def best_device():
-    """CUDA, else Apple's MPS, else the CPU."""
+    """CUDA (under torchrun this process's own GPU), else Apple's MPS, else the CPU."""
     if torch.cuda.is_available():
-        return torch.device('cuda')
+        return torch.device('cuda', int(os.environ.get('LOCAL_RANK', 0)))
     return torch.device('mps' if torch.backends.mps.is_available() else 'cpu')
+
+
+def say(line):
+    if ranks()[0] == 0:
+        print(line, flush=True)
+
+
+def agreed(*values):
+    """The largest that any process has, of each of the whole numbers."""
+    if ranks()[1] == 1:
+        return values
+    values = torch.tensor([int(value) for value in values])  # on the CPU: no GPU has to wait
+    dist.all_reduce(values, dist.ReduceOp.MAX)
+    return values.tolist()
+
+
+def joined(x):
+    """What all processes hold, side by side along dimension 1."""
+    parts = [x] * ranks()[1]
+    if len(parts) > 1:
+        dist.all_gather_object(parts, x)
+    return torch.cat(parts, dim=1)
+
+
+@contextmanager
+def torchrun():
+    """Joins the processes of `torchrun ddpm.py`, if it is that."""
+    if int(os.environ.get('WORLD_SIZE', 1)) == 1:
+        yield
+        return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(best_device())
+    dist.init_process_group('cpu:gloo,cuda:nccl' if torch.cuda.is_available() else 'gloo')
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def fast(model, channels, batch_size):
+    """The model as the training loop calls it: with gradients averaged over the processes, and on
+    CUDA compiled, which is tried out here. The weights are those of `model`."""
+    device = next(model.parameters()).device
+    if device.type == 'cuda':
+        model.compile()
+        try:
+            x = torch.zeros(batch_size, channels, 32, 32, device=device)
+            with autocast(device):
+                model(x, torch.zeros(batch_size, dtype=torch.long, device=device)).mean().backward()
+            model.zero_grad()
+        except Exception as error:  # no compiler on this machine, most likely
+            model._compiled_call_impl = None
+            say(f'torch.compile does not work here ({reason(error)}); going on without it')
+    return DistributedDataParallel(model) if ranks()[1] > 1 else model
 
 
 def has_bf16(device):
@@ -448,7 +520,7 @@ def unet_arguments(unet, channels, num_time_steps):
 
 def fresh_seed():
     """A seed that no earlier set_seed decides."""
-    return random.SystemRandom().randrange(2**32)
+    return agreed(random.SystemRandom().randrange(2**32))[0]
 
 
 def derive(seed, stream, index):
@@ -544,8 +616,13 @@ def load_images(dataset, root='data'):
     names = [Path(url).name for url, _ in resources]
     for name, (_, md5) in zip(names, resources):
         check_file(folder / name, md5)
+    rank, world = ranks()
     try:
+        if rank > 0:
+            dist.barrier()  # rank 0 downloads
         images = torch.as_tensor(source(root, train=True, download=True).data)
+        if rank == 0 and world > 1:
+            dist.barrier()
     except Exception as error:  # whatever torchvision makes of the files and the network
         if names and all((folder / name).with_suffix('').exists() for name in names):
             raise UserError(f'{folder} is damaged, delete it: {reason(error)}') from None
@@ -605,9 +682,12 @@ class Run:
     process's alone; from restore on, Ctrl-C and SIGTERM wait until the step under way is saved."""
 
     def __init__(self, path, config):
-        self.path, self.config, self.signals, self.handlers = Path(path), config, [], {}
+        self.path, self.config = Path(path), config
+        self.lock, self.signals, self.handlers = None, [], {}
 
     def __enter__(self):
+        if ranks()[0]:
+            return self
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.lock = open(f'{self.path}.lock', 'w')
@@ -625,9 +705,9 @@ class Run:
     def __exit__(self, *_):
         for signum, handler in self.handlers.items():
             signal.signal(signum, handler)
-        if fcntl:
+        if self.lock and fcntl:
             os.unlink(self.lock.name)
-        self.lock.close()
+        self.lock = None
 
     def settle(self, unet, steps):
         """Reads the checkpoint, if there is one, and compares its numbers with this run's. Returns
@@ -647,7 +727,7 @@ class Run:
                     f'{self.path} is from a run with {name}={repr(then):.99}, this one has '
                     f'{name}={now!r}: put it back, or to start afresh change checkpoint_path'
                 )
-            print(f'{name} was {then}, is {now} from here on')
+            say(f'{name} was {then}, is {now} from here on')
         return self.config['seed']
 
     def restore(self, model, optimizer, ema):
@@ -662,7 +742,7 @@ class Run:
             groups = optimizer.state_dict()['param_groups']
             optimizer.load_state_dict({**saved['optimizer'], 'param_groups': groups})
             epoch, step = divmod(self.done, self.steps)
-            print(f'{self.path}: going on after {epoch} epochs and {step} steps')
+            say(f'{self.path}: going on after {epoch} epochs and {step} steps')
         device = next(model.parameters()).device
         self.losses = torch.zeros(max(self.done, self.total), device=device)  # of every step
         self.losses[: self.done] = saved['losses'] if saved else 0
@@ -676,12 +756,16 @@ class Run:
         size, first = self.config['batch_size'], self.done - epoch * self.steps
         name = f'Epoch {epoch + 1}/{self.config["num_epochs"]}'
         total = self.steps * size
-        with tqdm(None, name, total, initial=first * size, unit='img', mininterval=0.5) as self.bar:
+        how = dict(initial=first * size, unit='img', mininterval=0.5, disable=ranks()[0] > 0)
+        with tqdm(None, name, total, **how) as self.bar:
             yield from range(first, self.steps)
 
     def record(self, loss):
         """Takes the loss of a step, which is now done; saves, and stops, when it is time to."""
-        self.losses[self.done] = loss.detach()
+        loss, world = loss.detach(), ranks()[1]
+        if world > 1:
+            dist.all_reduce(loss)
+        self.losses[self.done] = loss / world
         self.done += 1
         drawn = self.bar.update(self.config['batch_size'])  # a few times a second at the most
         if drawn or self.done % self.steps == 0:  # only then is the loss read
@@ -689,9 +773,12 @@ class Run:
             left = tqdm.format_interval(pace * (self.total - self.done))
             epoch = (self.done - 1) // self.steps
             self.bar.set_postfix_str(f'loss {self.mean_loss(epoch):.4f}, whole run {left}')
-        if self.signals or self.done == self.total or time.monotonic() > self.next_save:
-            self.save()
-        self.stop_if_asked()
+        finished = self.done == self.total
+        if world == 1 or self.done % 10 == 0 or finished:  # processes agree now and then
+            signum, due = agreed(max(self.signals, default=0), time.monotonic() > self.next_save)
+            if signum or due or finished:
+                self.save(last=signum or finished)
+            self.stop_if_asked()
 
     def mean_loss(self, epoch):
         """The mean over the steps done of an epoch. Raises UserError if one is not finite."""
@@ -705,10 +792,13 @@ class Run:
             )
         return mean
 
-    def save(self):
+    def save(self, last):
         """Writes the checkpoint. Raises UserError if the run has diverged, or if the file cannot be
         written and there will be no later chance."""
         self.mean_loss((self.done - 1) // self.steps)
+        self.next_save = time.monotonic() + 60 * self.config['save_minutes']
+        if ranks()[0]:
+            return
         state = {
             'weights': self.model.state_dict(),
             'optimizer': self.optimizer.state_dict(),
@@ -726,17 +816,17 @@ class Run:
             ) from None
         except OSError as error:
             problem = f'cannot write {self.path} ({error}); what it held before is unharmed'
-            if self.signals or self.done == self.total:
+            if last:
                 raise UserError(problem) from None
             tqdm.write(f'{problem}; training goes on', file=sys.stderr)
-        self.next_save = time.monotonic() + 60 * self.config['save_minutes']
 
     def stop_if_asked(self):
-        if self.signals:
+        (signum,) = agreed(max(self.signals, default=0))
+        if signum:
             epoch, step = divmod(self.done, self.steps)
-            print(f'\nStopped after {epoch} epochs and {step} steps, all saved in {self.path}.')
-            print('Run again to go on.')
-            raise SystemExit(128 + self.signals[0])
+            say(f'\nStopped after {epoch} epochs and {step} steps, all saved in {self.path}.')
+            say('Run again to go on.')
+            raise SystemExit(128 + signum)
 
 
 def temporary(path):
@@ -849,7 +939,7 @@ def save_animation(frames, name):
 
 def save_figure(figure, name):
     OUTPUTS.mkdir(parents=True, exist_ok=True)
-    figure.savefig(OUTPUTS / name, dpi=150, bbox_inches='tight')
+    figure.savefig(OUTPUTS / name, dpi=100)
     if not has_screen():
         plt.close(figure)
 
@@ -857,7 +947,8 @@ def save_figure(figure, name):
 def draw_strips(strips, labels):
     """strips: (digits, times, C, H, W), a row each."""
     rows, columns = strips.shape[:2]
-    figure, axes = plt.subplots(rows, columns, figsize=(columns, rows))
+    figure, axes = plt.subplots(rows, columns, figsize=(columns, rows + 0.3), squeeze=False)
+    figure.subplots_adjust(0, 0, 1, 1 - 0.3 / rows, wspace=0.05, hspace=0.05)
     for images, row in zip(strips, axes):
         display_reverse(images, row)
     for ax, label in zip(axes[0], labels):
@@ -869,7 +960,7 @@ def draw_losses(losses, steps):
     """losses: one a step of the run -> the curve of their means over a 50th of an epoch."""
     window = max(1, steps // 50)
     means = losses[: len(losses) // window * window].reshape(-1, window).mean(1).cpu()
-    figure, ax = plt.subplots(figsize=(6, 3.5))
+    figure, ax = plt.subplots(figsize=(6, 3.5), layout='tight')
     ax.plot(torch.arange(1, len(means) + 1) * window / steps, means, color='black', linewidth=1)
     ax.set(xlabel='epoch', ylabel='mean square error of the noise', yscale='log')
     ax.grid(alpha=0.3)
@@ -941,14 +1032,13 @@ def main():
     choice.add_argument('--full', action='store_true', help='the full run, also without a GPU')
     choice.add_argument('--preview', action='store_true', help='the preview, also with a GPU')
     args = parser.parse_args()
-    with errors_in_one_line():
+    with torchrun(), errors_in_one_line():
         full = args.full or (torch.cuda.is_available() and not args.preview)
         if not torch.cuda.is_available() and not args.preview:
-            print(
-                f'No CUDA GPU here: the full run would take about {full_run_hours():.0f} hours.',
-                end=' ',
+            say(
+                f'No CUDA GPU here: the full run would take about {full_run_hours():.0f} hours. '
+                + ('As asked.' if full else 'This is the preview; --full asks for the full run.')
             )
-            print('As asked.' if full else 'This is the preview; --full asks for the full run.')
         numbers, num_steps = (FULL, FULL_STEPS) if full else (with_data(PREVIEW), PREVIEW_STEPS)
         train(**numbers)
         inference(numbers['checkpoint_path'], numbers['num_time_steps'], num_steps=num_steps)
@@ -960,7 +1050,7 @@ def with_data(numbers):
         load_images(numbers['dataset'])
         return numbers
     except MissingData as error:
-        print(f'WARNING: {error}.\nTHIS PREVIEW TRAINS ON DIGITS DRAWN FROM FONTS INSTEAD.')
+        say(f'WARNING: {error}.\nTHIS PREVIEW TRAINS ON DIGITS DRAWN FROM FONTS INSTEAD.')
         path = numbers['checkpoint_path'] + '_font_digits'
         return {**numbers, 'dataset': 'FontDigits', 'checkpoint_path': path}
 
@@ -971,7 +1061,7 @@ def errors_in_one_line():
     try:
         yield
     except UserError as error:
-        sys.exit(f'ddpm.py: {error}')
+        sys.exit(f'ddpm.py: {error}' if ranks()[0] == 0 else 1)
     except KeyboardInterrupt:
         sys.exit(130)
     except RuntimeError as error:  # CUDA, MPS and the CPU each have words of their own for it

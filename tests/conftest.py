@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 os.environ['MPLBACKEND'] = 'Agg'
+os.environ['OMP_NUM_THREADS'] = '1'  # the tests themselves run side by side
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / 'tests')]
 
@@ -48,6 +49,7 @@ def few_images(*_):
 def workdir(tmp_path, monkeypatch):
     """An empty folder to run in, where the dataset 'Few' has 12 font digits."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(ddpm, 'DDIM_STEPS', 3)
     load_images = ddpm.load_images
     few = few_images()
     monkeypatch.setattr(ddpm, 'load_images', lambda d: few if d == 'Few' else load_images(d))

@@ -94,7 +94,7 @@ def test_other_datasets_have_the_same_form(name, workdir, monkeypatch):
     assert images.shape == (6, channels, shape[1], shape[1])
     assert torch.equal(images[:, 0], data[..., 0] if channels == 3 else data)
     ddpm.train(**{**TINY, 'dataset': name, 'batch_size': 3, 'sample_every': 2})
-    ddpm.inference('checkpoints/tiny', num_time_steps=20)
+    ddpm.inference('checkpoints/tiny', num_time_steps=20, num_steps=3)
     assert ddpm.load_checkpoint('checkpoints/tiny')['unet']['input_channels'] == channels
 
 

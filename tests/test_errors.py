@@ -169,7 +169,7 @@ def test_a_broken_checkpoint_is_refused_and_left_alone(workdir, good, make, word
     path.write_bytes(content)
     for use in (
         lambda: ddpm.train(**{**TINY, 'num_epochs': 6}),
-        lambda: ddpm.inference(str(path), num_time_steps=20),
+        lambda: ddpm.inference(str(path), num_time_steps=20, num_steps=3),
     ):
         with pytest.raises(ddpm.UserError, match=words) as caught:
             use()

@@ -145,7 +145,7 @@ def test_a_window_where_there_is_a_screen(workdir, monkeypatch):
     windows = []
     monkeypatch.setattr(ddpm, 'has_screen', lambda: True)
     monkeypatch.setattr(plt, 'show', lambda: windows.extend(plt.get_fignums()))
-    ddpm.inference('checkpoints/tiny', num_time_steps=20)
+    ddpm.inference('checkpoints/tiny', num_time_steps=20, num_steps=3)
     assert windows
     plt.close('all')
 

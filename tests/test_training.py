@@ -34,7 +34,7 @@ def test_overfits_a_handful_and_gives_it_back(workdir, monkeypatch):
     few = few_images()[:2]
     monkeypatch.setattr(ddpm, 'load_images', lambda dataset: few.repeat(8, 1, 1, 1))
     unet = {**SMALL, 'dropout_prob': 0.0}
-    numbers = dict(unet=unet, batch_size=16, num_epochs=400, lr=4e-3, num_time_steps=100)
+    numbers = dict(unet=unet, batch_size=16, num_epochs=300, lr=4e-3, num_time_steps=600)
     ddpm.train(**{**TINY, **numbers, 'ema_decay': 0.95})
     losses = load()['losses']
     assert losses[-50:].mean() < losses[:5].mean() / 10
@@ -44,8 +44,8 @@ def test_overfits_a_handful_and_gives_it_back(workdir, monkeypatch):
     ema.load_state_dict(saved['ema'])
     x = torch.randn(8, 1, 32, 32, generator=torch.Generator().manual_seed(0))
     truth = ddpm.to_input(few)
-    for num_steps in (100, 20):
-        *_, (_, out) = ddpm.reverse_process(ema.module, x, ddpm.DDPM_Scheduler(100), num_steps)
+    for num_steps in (600, 30):
+        *_, (_, out) = ddpm.reverse_process(ema.module, x, ddpm.DDPM_Scheduler(600), num_steps)
         distance = (out[:, None] - truth[None]).square().mean((2, 3, 4))  # (8, 2)
         assert distance.min(1).values.max() < 0.2 * (truth[0] - truth[1]).square().mean()
 
@@ -180,7 +180,7 @@ def test_an_article_checkpoint_is_resumed_and_sampled(workdir, monkeypatch):
     defaults = {**ddpm.UNET_DEFAULTS, **SMALL, 'time_steps': 20}
     monkeypatch.setattr(ddpm, 'UNET_DEFAULTS', defaults)  # a small article
     state = article_checkpoint('checkpoints/tiny')
-    ddpm.inference('checkpoints/tiny', num_time_steps=20)
+    ddpm.inference('checkpoints/tiny', num_time_steps=20, num_steps=3)
     assert Path('outputs/digits.png').exists()
     assert_identical(load(), state)
     ddpm.train(**{**TINY, 'num_epochs': 1, 'lr': 1e-12})

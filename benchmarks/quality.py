@@ -1,0 +1,611 @@
+"""How good are the digits? Measures a checkpoint of ddpm.py against the MNIST test split.
+
+    pip install -r benchmarks/requirements.txt
+    python benchmarks/quality.py checkpoints/ddpm_checkpoint [--samples 10000] [--steps 50]
+
+Prints tables, writes benchmarks/results/quality-NAME.json and pictures to outputs/, and exits with
+1 if a control comes out in the wrong order, for then no figure is to be trusted. Run it where
+`data/` is; it trains two classifiers, in a few minutes, and keeps them in outputs/quality/.
+
+What to know when reading the figures:
+
+* FD is the Frechet distance of Gaussians fitted to features. In the features of a classifier that
+  is trained here it is called FD-CNN. It is no FID: those features are Inception's.
+* FD falls as N, the number of samples, grows: figures at another N are not comparable. The floor is
+  the FD of N training digits, so FD / floor says how far from real digits the samples are.
+* Samples are clamped to [0, 1] and rounded to 8 bits; real digits go through the same function.
+* The variational bound is for 8-bit images of 32 x 32 with values k / 255 in [0, 1], the padding
+  included. It is in nats an image, an upper limit of -log p.
+"""
+
+import argparse
+import datetime
+import hashlib
+import inspect
+import io
+import json
+import platform
+import sys
+import time
+import warnings
+from contextlib import redirect_stdout
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from prdc import compute_prdc
+from torch import nn
+from torch.distributions import Normal, kl_divergence
+from torchmetrics.image.fid import FrechetInceptionDistance
+from torchmetrics.image.kid import KernelInceptionDistance
+from torchvision import datasets
+from torchvision.transforms.functional import gaussian_blur
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import ddpm  # noqa: E402
+
+RESULTS = Path(__file__).parent / 'results'
+LEAST_ACCURACY = 0.992  # of the first classifier on the test split; below, its features are poor
+EPOCHS = 3  # of the classifiers' training: enough for 99.4%
+FLOOR_DRAWS = 5  # disjoint sets of N training digits; a sixth one makes the controls
+NEAREST_K = 5  # neighbours, as Naeem et al. 2020 use
+FEWER = 5  # the control from the non-EMA weights has N / 5 samples, since they cost as much again
+CLOSEST = 20  # pairs in the picture
+WEAK = ('noise of 0.1', 'blurred by 0.7 pixels', 'shifted by one pixel', 'no zeros')
+NOISY_COPIES = 'copies with noise of 0.02'
+GAUSSIAN, UNIFORM = 'a Gaussian per pixel', 'uniform noise'
+ORDER = [  # pairs of controls: the FD of the first must be below that of the second
+    *[('floor', name) for name in WEAK],
+    *[(name, GAUSSIAN) for name in WEAK],
+    (GAUSSIAN, UNIFORM),
+    ('noise of 0.1', 'noise of 0.3'),
+    ('blurred by 0.7 pixels', 'blurred by 1.5 pixels'),
+]
+
+
+# ==============================================================================================
+# Images: all sets are (N, 1, 32, 32) uint8
+# ==============================================================================================
+
+
+def eight_bit(x):
+    """(N, 1, 32, 32) float -> uint8: clamped to [0, 1] and rounded."""
+    return (x.float().clamp(0, 1) * 255).round().byte()
+
+
+def load_splits():
+    """MNIST's train and test split, each (images (N, 1, 28, 28) uint8, labels (N,))."""
+    ddpm.load_images('MNIST')  # downloads what is missing and refuses damaged files
+    splits = [datasets.MNIST('data', train=train) for train in (True, False)]
+    return [(split.data[:, None], split.targets) for split in splits]
+
+
+def load_model(saved, part, device):
+    """The UNET of a checkpoint with its `weights` or, part `ema`, their average."""
+    model = ddpm.UNET(**saved['unet'])
+    model.load_state_dict({k.removeprefix('module.'): v for k, v in saved[part].items()})
+    return model.eval().to(device, memory_format=torch.channels_last)
+
+
+def draw(model, count, steps, seed, device):
+    """count samples by the sampler of ddpm.py, the same ones for the same seed and machine."""
+    scheduler = ddpm.DDPM_Scheduler(model.time_steps).to(device)
+    size = 2500 if device.type == 'cuda' else 500  # a UNET of full size needs some 10 GB then
+    sizes = [min(size, count - start) for start in range(0, count, size)]
+    torch.manual_seed(seed)
+    samples = []
+    with tqdm(None, f'{count} samples', len(sizes) * steps, unit='step') as bar:
+        for size in sizes:
+            noise = torch.randn(size, model.input_channels, 32, 32, device=device)
+            for _, x in ddpm.reverse_process(model, noise, scheduler, steps):
+                bar.update()
+            samples.append(eight_bit(x).cpu())
+    return torch.cat(samples)
+
+
+def make_controls(digits, train, labels, seed):
+    """Images whose FD is known to be good or bad, {name: as many as digits}. digits and train are
+    training digits, labels (M,) those of train."""
+    generator = torch.Generator().manual_seed(seed)
+    x, count = ddpm.to_input(digits), len(digits)
+    mean, std = ddpm.to_input(train).mean(0), ddpm.to_input(train).std(0)
+    normal = torch.randn(x.shape, generator=generator)
+    controls = {
+        'copies of training digits': x,
+        'noise of 0.1': x + 0.1 * normal,
+        'noise of 0.3': x + 0.3 * normal,
+        'blurred by 0.7 pixels': gaussian_blur(x, 7, 0.7),
+        'blurred by 1.5 pixels': gaussian_blur(x, 11, 1.5),
+        'shifted by one pixel': x.roll(1, dims=3),  # the padding leaves room
+        'no zeros': ddpm.to_input(train[labels != 0][-count:]),
+        GAUSSIAN: mean + std * normal,
+        UNIFORM: torch.rand(x.shape, generator=generator),
+    }
+    return {name: eight_bit(images) for name, images in controls.items()}
+
+
+# ==============================================================================================
+# Features: of two classifiers trained here, and of no classifier at all
+# ==============================================================================================
+
+
+def first_network():
+    """Three normalised 3x3 convolutions, maximum pooling, 96 features, ReLU."""
+
+    def block(C_in, C_out):
+        conv = nn.Conv2d(C_in, C_out, 3, padding=1, bias=False)
+        return [conv, nn.BatchNorm2d(C_out), nn.ReLU(), nn.MaxPool2d(2)]
+
+    layers = [*block(1, 16), *block(16, 32), *block(32, 64), nn.Flatten()]  # (B, 1024)
+    return nn.Sequential(*layers, nn.Linear(1024, 96), nn.ReLU(), nn.Linear(96, 10))
+
+
+def second_network():
+    """Otherwise in each respect: 5x5 strides, no norm, no pooling, 64 features, GELU."""
+    layers = [nn.Conv2d(1, 16, 5, stride=2, padding=2), nn.GELU()]
+    layers += [nn.Conv2d(16, 48, 5, stride=2, padding=2), nn.GELU(), nn.Flatten()]  # (B, 3072)
+    return nn.Sequential(*layers, nn.Linear(3072, 64), nn.GELU(), nn.Linear(64, 10))
+
+
+def fit(network, images, labels, epochs, peak_lr, batch_size=128):
+    """Trains a classifier by Adam, its learning rate rising to peak_lr and falling to 0."""
+    device = next(network.parameters()).device
+    batches = len(images) // batch_size
+    optimizer = torch.optim.Adam(network.parameters())
+    course = torch.optim.lr_scheduler.OneCycleLR(optimizer, peak_lr, batches * epochs)
+    for epoch in range(epochs):
+        order = torch.randperm(len(images))[: batches * batch_size].split(batch_size)
+        for batch in tqdm(order, f'Classifier, epoch {epoch + 1}/{epochs}', unit='step'):
+            x = ddpm.to_input(images[batch]).to(device, memory_format=torch.channels_last)
+            loss = F.cross_entropy(network(x), labels[batch].to(device))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            course.step()
+
+
+def classifier(build, peak_lr, train, device):
+    """The network of build, trained on train = (images, labels), or as an earlier run of the same
+    code on the same data has left it on the disk. Returns it and the SHA-256 of its weights."""
+    ddpm.set_seed(0)
+    network = build().to(device, memory_format=torch.channels_last)
+    code = inspect.getsource(build) + inspect.getsource(fit) + f'{EPOCHS, peak_lr, device.type}'
+    key = sha256(code.encode(), *(tensor.numpy().tobytes() for tensor in train))
+    path = ddpm.OUTPUTS / f'quality/{build.__name__}-{key[:16]}.pt'
+    if path.exists():
+        network.load_state_dict(torch.load(path, map_location=device, weights_only=True))
+    else:
+        fit(network, *train, EPOCHS, peak_lr)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        ddpm.save_checkpoint(path, network.state_dict())
+    weights = [tensor.cpu().numpy().tobytes() for tensor in network.state_dict().values()]
+    return network.eval(), sha256(*weights)
+
+
+class PCA(nn.Module):
+    """The pixels' 64 principal components: sees what a classifier may have learned to ignore."""
+
+    def __init__(self, images, components=64):
+        super().__init__()
+        x = ddpm.to_input(images).flatten(1)  # (N, 1024)
+        self.register_buffer('mean', x.mean(0))
+        self.register_buffer('basis', torch.linalg.eigh(x.T.cov())[1][:, -components:])
+
+    def forward(self, x):
+        return (x.flatten(1) - self.mean) @ self.basis  # (B, 64)
+
+
+@torch.inference_mode()
+def embed(network, images, device):
+    """The outputs of a network, (N, D) float64 on the CPU."""
+    batches = (ddpm.to_input(batch.to(device)) for batch in images.split(1000))
+    return torch.cat([network(batch).double().cpu() for batch in batches])
+
+
+# ==============================================================================================
+# Distances between sets of features, real (M, D) and fake (N, D)
+# ==============================================================================================
+
+
+def features_as_they_are(width):
+    """What torchmetrics takes for its network, so that features are computed once for all."""
+    network = nn.Identity()
+    network.num_features = width
+    return network
+
+
+def frechet(real, fake):
+    """FD, the Frechet distance (Heusel et al. 2017, eq. 6)."""
+    metric = FrechetInceptionDistance(features_as_they_are(real.shape[1]))
+    metric.update(real, real=True)
+    metric.update(fake, real=False)
+    return metric.compute().item()
+
+
+def kernel(real, fake, seed=0):
+    """KID (Binkowski et al. 2018) and its standard deviation over 50 subsets of 1,000."""
+    torch.manual_seed(seed)  # it draws the subsets
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')  # 'will save all extracted features in buffer'
+        network = features_as_they_are(real.shape[1])
+        metric = KernelInceptionDistance(network, 50, min(1000, len(real), len(fake)))
+    metric.update(real, real=True)
+    metric.update(fake, real=False)
+    mean, std = metric.compute()
+    return {'KID': mean.item(), 'KID std': std.item()}
+
+
+def neighbourhoods(real, fake):
+    """Precision, recall (Kynkaanniemi et al. 2019), density and coverage (Naeem et al. 2020). They
+    too depend on the numbers of both, which are therefore made equal."""
+    count = min(len(real), len(fake))
+    real, fake = real[:count].float().numpy(), fake[:count].float().numpy()
+    with redirect_stdout(io.StringIO()):  # prdc prints the two numbers
+        return {k: float(v) for k, v in compute_prdc(real, fake, NEAREST_K).items()}
+
+
+def frechet_over_floor(real, sets, floor, embedded):
+    """FD of the sets {name: images} and of the list floor, all of the same N, to the features
+    real; and FD / floor: over the mean, the largest and the smallest of the floor.
+    embedded turns images into features."""
+    draws = [frechet(real, embedded(images)) for images in floor]
+    fd = {name: frechet(real, embedded(images)) for name, images in sets.items()}
+    divisors = (float(np.mean(draws)), max(draws), min(draws))
+    ratio = {name: [value / divisor for divisor in divisors] for name, value in fd.items()}
+    return {'N': len(floor[0]), 'floor': draws, 'FD': fd, 'FD / floor, low, high': ratio}
+
+
+# ==============================================================================================
+# Classes, memorisation, likelihood
+# ==============================================================================================
+
+
+def class_balance(samples, real, seed=0):
+    """samples (N, 10), real (M, 10): a classifier's logits. The shares of the classes, their total
+    variation distance, beside that of N draws from real's shares (mean and 95th percentile); and
+    the shares that are recognised, that is with a confidence above 0.9."""
+    shares = [F.one_hot(logits.argmax(1), 10).double().mean(0) for logits in (samples, real)]
+    generator = np.random.default_rng(seed)
+    chance = generator.multinomial(len(samples), shares[1].numpy(), size=1000) / len(samples)
+    chance = np.abs(chance - shares[1].numpy()).sum(1) / 2
+    confident = [
+        (logits.softmax(1).amax(1) > 0.9).double().mean().item() for logits in (samples, real)
+    ]
+    return {
+        'samples': shares[0].tolist(),
+        'test': shares[1].tolist(),
+        'total variation': (shares[0] - shares[1]).abs().sum().item() / 2,
+        'by chance, mean and 95%': [chance.mean(), np.quantile(chance, 0.95)],
+        'recognised': confident[0],
+        'test recognised': confident[1],
+    }
+
+
+@torch.inference_mode()
+def nearest(queries, train, device):
+    """Euclidean distance to the nearest row of train and its index: (N, D), (M, D) -> (N,), (N,)"""
+    train, distances, indices = train.float().to(device), [], []
+    for part in queries.float().split(250):
+        part = part.to(device)
+        index = torch.cdist(part, train).argmin(1)
+        distances.append((part - train[index]).norm(dim=1).cpu())  # cdist is inexact near 0
+        indices.append(index.cpu())
+    return torch.cat(distances), torch.cat(indices)
+
+
+def memorisation(sets, test, train, device):
+    """How near to training digits the sets {name: (N, D)} lie, against unseen test digits (M, D):
+    the share nearer than the 1st percentile of test, 1% if nothing is memorised. The second result
+    are the distances and indices of the nearest training digits."""
+    near = {name: nearest(queries, train, device) for name, queries in sets.items()}
+    distances = {name: distance for name, (distance, _) in near.items()}
+    distances['test digits'] = nearest(test, train, device)[0]
+    limit = distances['test digits'].quantile(0.01)
+    shares = {name: (d < limit).double().mean().item() for name, d in distances.items()}
+    medians = {name: d.median().item() for name, d in distances.items()}
+    return {'limit': limit.item(), 'share below': shares, 'median distance': medians}, near
+
+
+def log_bin(p, x):
+    """log of the mass that the Normal p gives to the 8-bit bin around x, a multiple of 1/255: as
+    in paper eq. 13, but for [0, 1]; the outer bins reach to infinity."""
+    upper = ((x + 1 / 510 - p.mean) / p.stddev).masked_fill(x > 1 - 1 / 510, torch.inf)
+    lower = ((x - 1 / 510 - p.mean) / p.stddev).masked_fill(x < 1 / 510, -torch.inf)
+    flip = lower > 0  # to the left tail, where log_ndtr keeps its digits
+    upper, lower = torch.where(flip, -lower, upper), torch.where(flip, -upper, lower)
+    upper, lower = torch.special.log_ndtr(upper), torch.special.log_ndtr(lower)
+    return upper + torch.log1p(-(lower - upper).exp())
+
+
+@torch.inference_mode()
+def variational_bound(model, images, device, seed=0):
+    """Paper eq. 5 with sigma_t^2 = beta_t, in nats an image: L_T over all images, and at every t
+    the mean over images drawn for it, with the standard error that these draws leave."""
+    beta = ddpm.DDPM_Scheduler(model.time_steps).beta.double().to(device)
+    abar = torch.cumprod(1 - beta, dim=0)
+    draws, images = torch.Generator(device).manual_seed(seed), images.to(device)
+    x_0 = ddpm.to_input(images).double()
+    p = Normal(torch.zeros_like(abar[-1]), torch.ones_like(abar[-1]))
+    q = Normal(abar[-1].sqrt() * x_0, (1 - abar[-1]).sqrt())
+    means, variance = [kl_divergence(q, p).flatten(1).sum(1).mean()], 0.0
+
+    for t in tqdm(range(model.time_steps), 'Variational bound', unit='step'):
+        count = 16 + 1024 // (t + 1)  # the terms, and so their errors, fall about as 1 / t
+        chosen = torch.randint(len(images), (count,), generator=draws, device=device)
+        x_0 = ddpm.to_input(images[chosen]).double()  # (B, 1, 32, 32)
+        eps = torch.randn(x_0.shape, generator=draws, device=device)
+        x_t = abar[t].sqrt() * x_0 + (1 - abar[t]).sqrt() * eps  # eq. 4
+        with ddpm.autocast(device):
+            eps = model(x_t.float(), torch.full((count,), t, device=device)).double()
+        mean = (x_t - beta[t] / (1 - abar[t]).sqrt() * eps) / (1 - beta[t]).sqrt()  # eq. 11
+        p = Normal(mean, beta[t].sqrt())
+        if t == 0:
+            terms = -log_bin(p, x_0)
+        else:  # eq. 6 and 7
+            rest = (1 - abar[t - 1]) / (1 - abar[t])
+            mean = abar[t - 1].sqrt() * beta[t] / (1 - abar[t]) * x_0
+            mean = mean + (1 - beta[t]).sqrt() * rest * x_t
+            terms = kl_divergence(Normal(mean, (rest * beta[t]).sqrt()), p)
+        terms = terms.flatten(1).sum(1)  # (B,)
+        means.append(terms.mean())
+        variance = variance + terms.var() / count
+    last, first, *between = torch.stack(means).tolist()
+    return {
+        'nats': last + first + sum(between),
+        'standard error': variance.sqrt().item(),
+        'L_T': last,
+        'L_t': sum(between),
+        'L_0': first,
+    }
+
+
+def histogram_nats(train, test):
+    """The trivial baseline: a histogram of 256 values for each pixel by itself, from train with one
+    added to every count; -log of what it gives test, in nats an image."""
+    pixels = train[0].numel()
+    place = 256 * torch.arange(pixels)  # (1024,)
+    counts = sum(
+        torch.bincount((place + part.flatten(1)).flatten(), minlength=256 * pixels)
+        for part in train.split(5000)
+    )
+    log_p = ((counts + 1) / (len(train) + 256)).log()
+    return -log_p[place + test.flatten(1)].sum(1).mean().item()
+
+
+# ==============================================================================================
+# The measurement
+# ==============================================================================================
+
+
+def sha256(*parts):
+    """Of the bytes, one after the other."""
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part)
+    return digest.hexdigest()
+
+
+def measure(saved, train, test, samples=10_000, steps=1000, seed=0):
+    """saved: what ddpm.load_checkpoint returns; train, test: (images, labels). Returns the result,
+    ready for JSON, and pictures {name: (images, columns)}. Raises ddpm.UserError."""
+    most = len(train[0]) // (FLOOR_DRAWS + 1)
+    ddpm.check_number('samples', samples, int, 20 * FEWER, most)
+    ddpm.check_number('steps', steps, int, 1, saved['unet']['time_steps'])
+    device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
+    train, test = ((eight_bit(ddpm.to_input(x)), labels) for x, labels in (train, test))
+
+    cnn, cnn_hash = classifier(first_network, 1e-2, train, device)
+    second, second_hash = classifier(second_network, 3e-3, train, device)
+    logits, right = embed(cnn, test[0], device), {}
+    for name, network in (('CNN', cnn), ('second CNN', second)):
+        right[name] = (embed(network, test[0], device).argmax(1) == test[1]).double().mean().item()
+    if right['CNN'] < LEAST_ACCURACY:
+        raise ddpm.UserError(f'the classifier reaches {right["CNN"]:.2%}, not {LEAST_ACCURACY:.1%}')
+    spaces = {'CNN': cnn[:-1], 'second CNN': second[:-1], 'PCA-64': PCA(train[0]).to(device)}
+
+    ema = load_model(saved, 'ema', device)
+    drawn = draw(ema, samples, steps, seed, device)
+    few = samples // FEWER
+    raw = draw(load_model(saved, 'weights', device), few, steps, seed, device)
+
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(train[0]), generator=generator)
+    *floor, digits = train[0][order].split(samples)[: FLOOR_DRAWS + 1]
+    unseen = test[0][torch.randperm(len(test[0]), generator=generator)[:samples]]
+    controls = make_controls(digits, *train, seed)
+    noisy = eight_bit(ddpm.to_input(digits) + 0.02 * torch.randn(digits.shape, generator=generator))
+
+    result = {'spaces': {}, 'memorisation': {}}
+    for name, network in spaces.items():
+
+        def embedded(images, network=network):
+            return embed(network, images, device)
+
+        real = embedded(test[0])
+        sets = {'EMA': drawn[:few], 'non-EMA': raw}
+        result['spaces'][name] = {
+            'samples': {
+                **kernel(real, embedded(drawn)),
+                **neighbourhoods(embedded(unseen), embedded(drawn)),
+            },
+            'train digits': {
+                **kernel(real, embedded(floor[0])),
+                **neighbourhoods(embedded(unseen), embedded(floor[0])),
+            },
+            'all': frechet_over_floor(real, {'samples': drawn, **controls}, floor, embedded),
+            'fewer': frechet_over_floor(real, sets, [part[:few] for part in floor], embedded),
+        }
+
+    sets = {'samples': drawn, 'copies': digits, NOISY_COPIES: noisy}
+    embeddings = {'pixels': nn.Flatten(), 'CNN': spaces['CNN']}
+    for name, network in embeddings.items():
+        queries = {key: embed(network, images, device) for key, images in sets.items()}
+        others = [embed(network, images, device) for images in (unseen, train[0])]
+        result['memorisation'][name], near = memorisation(queries, *others, device)
+        if name == 'pixels':
+            distance, index = near['samples']
+            closest = distance.argsort()[:CLOSEST]
+            pairs = torch.cat([drawn[closest], train[0][index[closest]]])
+
+    result |= {
+        'classifiers': {
+            'accuracy': right,
+            'features': {
+                name: embed(net, digits[:1], device).shape[1] for name, net in spaces.items()
+            },
+            'sha256': {'CNN': cnn_hash, 'second CNN': second_hash},
+        },
+        'classes': class_balance(embed(cnn, drawn, device), logits),
+        'bound': {
+            **variational_bound(ema, test[0], device),
+            'histogram of each pixel': histogram_nats(train[0], test[0]),
+        },
+        'samples': {
+            'N': samples,
+            'steps': steps,
+            'seed': seed,
+            'sha256': sha256(drawn.numpy().tobytes()),
+        },
+        'run': {'optimizer steps': len(saved['losses']), **saved['config'], 'unet': saved['unet']},
+    }
+    result['broken'] = broken(result)
+    rows = torch.cat([images[:CLOSEST] for images in [drawn, *controls.values()]])
+    pictures = {'samples': (drawn[:100], 10), 'closest': (pairs, CLOSEST), 'controls': (rows, 20)}
+    return result, pictures
+
+
+def broken(result):
+    """What a measure that can be trusted would not show, a sentence each; empty if all is well."""
+    wrong = []
+    for space, scores in result['spaces'].items():
+        fd, floor = scores['all']['FD'], max(scores['all']['floor'])
+        for less, more in ORDER:
+            if not {'floor': floor, **fd}[less] < fd[more]:
+                wrong.append(f'{space}: the FD of {more} is not above that of {less}')
+        if not fd['copies of training digits'] < 1.25 * floor:  # the draws differ by so much
+            wrong.append(f'{space}: copies of training digits have a poor FD')
+    fewer = result['spaces']['CNN']['fewer']
+    # after a long training at a low rate the two are equal, but for chance
+    chance = max(fewer['floor']) - min(fewer['floor']) + 0.1 * fewer['FD']['non-EMA']
+    if not fewer['FD']['EMA'] < fewer['FD']['non-EMA'] + chance:
+        wrong.append('CNN: samples from the non-EMA weights have a lower FD')
+    for space, near in result['memorisation'].items():
+        for name, least in (('copies', 0.99), (NOISY_COPIES, 0.5)):
+            if not near['share below'][name] >= least:
+                wrong.append(f'{space}: {name} of training digits pass for new digits')
+    return wrong
+
+
+def table(head, rows):
+    """Markdown. Numbers get three digits."""
+    rows = [[f'{v:,.3g}' if isinstance(v, float) else str(v) for v in row] for row in rows]
+    lines = [head, ['---', *['---:'] * (len(head) - 1)], *rows]
+    return '\n'.join(f'| {" | ".join(line)} |' for line in lines) + '\n'
+
+
+def report(result):
+    """The result as Markdown tables."""
+    samples, spaces, classes = result['samples'], result['spaces'], result['classes']
+    accuracy, bound = result['classifiers']['accuracy'], result['bound']
+    few = spaces['CNN']['fewer']['N']
+    text = (
+        f'N = {samples["N"]:,} samples in {samples["steps"]} steps, seed {samples["seed"]}, '
+        f'SHA-256 {samples["sha256"][:12]}. FD at another N is not comparable.\n'
+        f'Features: of classifiers with {accuracy["CNN"]:.2%} and {accuracy["second CNN"]:.2%} on '
+        'the test split (FD-CNN), and PCA-64 of the pixels.\n\n'
+    )
+    names = ['KID', 'KID std', 'precision', 'recall', 'density', 'coverage']
+    rows = []
+    for space, scores in spaces.items():
+        fd = scores['all']
+        ratio, low, high = fd['FD / floor, low, high']['samples']
+        score = [f'**{ratio:.3g}** ({low:.3g} to {high:.3g})', fd['FD']['samples']]
+        rows += [[f'{space}: samples', *score, *[scores['samples'][k] for k in names]]]
+        floor = ['1', float(np.mean(fd['floor'])), *[scores['train digits'][k] for k in names]]
+        rows += [[f'{space}: train digits', *floor]]
+    text += table(['', 'FD / floor (spread)', 'FD', *names], rows)
+
+    ratios = [scores['all']['FD / floor, low, high'] for scores in spaces.values()]
+    rows = [[name, *[ratio[name][0] for ratio in ratios]] for name in ratios[0]]
+    ratios = [scores['fewer']['FD / floor, low, high'] for scores in spaces.values()]
+    rows += [[f'{name}, N = {few:,}', *[r[name][0] for r in ratios]] for name in ratios[0]]
+    text += '\n' + table(['FD / floor', *spaces], rows)
+
+    rows = [[part, *[f'{share:.1%}' for share in classes[part]]] for part in ('samples', 'test')]
+    text += '\n' + table(['share of', *'0123456789'], rows)
+    mean, most = classes['by chance, mean and 95%']
+    text += (
+        f'Total variation {classes["total variation"]:.3f}; by chance alone {mean:.3f}, in 95% of '
+        f'cases below {most:.3f}.\nRecognised with a confidence above 0.9: '
+        f'{classes["recognised"]:.1%}; of the test split {classes["test recognised"]:.1%}.\n\n'
+    )
+    near = result['memorisation'].values()
+    rows = []
+    for name in result['memorisation']['CNN']['share below']:
+        figures = [(v['share below'][name], v['median distance'][name]) for v in near]
+        rows += [[name, *[f'{share:.1%}, {median:.2f}' for share, median in figures]]]
+    text += 'The share nearer to a training digit than 99% of test digits; median distance:\n\n'
+    text += table(['', *result['memorisation']], rows)
+    text += (
+        f'\nVariational bound {bound["nats"]:.1f} +- {bound["standard error"]:.1f} nats an image '
+        f'(L_T {bound["L_T"]:.2g}, L_t {bound["L_t"]:.1f}, L_0 {bound["L_0"]:.1f}); a histogram of '
+        f'each pixel takes {bound["histogram of each pixel"]:.1f}. For 32 x 32 pixels of 8 bits in '
+        '[0, 1].\n'
+    )
+    return text
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description='Measures how good the digits of a checkpoint are.'
+    )
+    parser.add_argument('checkpoint', type=Path)
+    parser.add_argument('--samples', type=int, default=10_000, help='100 to 10000')
+    parser.add_argument('--steps', type=int, default=1000, help='1000, or fewer for DDIM: 50')
+    parser.add_argument('--seed', type=int, default=0, help='of the samples')
+    parser.add_argument('--output', type=Path, default=RESULTS, help='folder of the JSON file')
+    args = parser.parse_args()
+    start = time.monotonic()
+    try:
+        saved = ddpm.load_checkpoint(args.checkpoint)
+        if saved['config'].get('dataset', 'MNIST') != 'MNIST':
+            raise ddpm.UserError(f'{args.checkpoint} was not trained on MNIST')
+        numbers = dict(samples=args.samples, steps=args.steps, seed=args.seed)
+        result, pictures = measure(saved, *load_splits(), **numbers)
+    except ddpm.UserError as error:
+        sys.exit(f'quality.py: {error}')
+
+    name = f'quality-{args.checkpoint.name}-{args.steps}'
+    cuda = torch.cuda.is_available()
+    about = {
+        'checkpoint': args.checkpoint.name,
+        'date': datetime.date.today().isoformat(),
+        'machine': torch.cuda.get_device_name() if cuda else processor(),
+        'versions': {'python': platform.python_version()}
+        | {package: version(package) for package in ('torch', 'torchmetrics', 'prdc', 'numpy')},
+        'minutes': (time.monotonic() - start) / 60,
+        'note': 'FD depends on N: compare it at the same N only',
+    }
+    args.output.mkdir(parents=True, exist_ok=True)
+    (args.output / f'{name}.json').write_text(json.dumps(about | result, indent=1) + '\n')
+    for part, (images, columns) in pictures.items():
+        ddpm.save_grid(ddpm.to_input(images), f'{name}-{part}.png', columns)
+    print(report(result))
+    print(f'{about["machine"]}, {about["minutes"]:.1f} minutes; {args.output / name}.json')
+    if result['broken']:
+        sys.exit('quality.py: controls out of order: ' + '; '.join(result['broken']))
+
+
+def processor():
+    """The CPU's name, where Linux tells it, and the number of threads in use."""
+    info = Path('/proc/cpuinfo')
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(': ')[1] for line in lines if line.startswith('model name')]
+    return f'{(names or [platform.machine()])[0]}, {torch.get_num_threads()} threads'
+
+
+if __name__ == '__main__':
+    main()

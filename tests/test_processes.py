@@ -1,0 +1,103 @@
+"""Several processes (torchrun, gloo on the CPU): the same run, and checkpoints that move freely."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT, TINY_PREVIEW, run_program
+
+# batch 12, float32 and no dropout: then a run does not depend on how many share its batches but by
+# rounding, which Adam's first steps magnify: hence the small learning rate
+NUMBERS = (
+    TINY_PREVIEW + "SMALL['dropout_prob'] = 0.0\n"
+    'ddpm.has_bf16 = lambda device: False\n'
+    'ddpm.load_images = lambda d: FONT_DIGITS(36)\n'
+    'ddpm.PREVIEW.update(batch_size=12, unet=SMALL, num_epochs=4, lr=1e-4)\n'
+)
+
+
+def start(folder, processes, edits=''):
+    script = folder / 'program.py'
+    script.write_text(
+        f'import sys\nsys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]\n'
+        f"import ddpm\n{NUMBERS}\n{edits}\nsys.argv = ['ddpm.py', '--preview']\nddpm.main()\n"
+    )
+    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone']
+    command += [f'--nproc-per-node={processes}', str(script)]
+    env = {**os.environ, 'MPLBACKEND': 'Agg', 'OMP_NUM_THREADS': '1'}
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(command, cwd=folder, env=env, **pipes)
+
+
+def finish(process):
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    return out
+
+
+def losses(folder):
+    return torch.load(folder / 'checkpoints/tiny', weights_only=True)['losses']
+
+
+@pytest.fixture(scope='module')
+def alone(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('alone')
+    done = run_program(folder, NUMBERS, '--preview')
+    assert done.returncode == 0, done.stderr
+    return losses(folder)
+
+
+@pytest.mark.parametrize('processes', [2, 3])
+def test_the_loss_history_is_that_of_one_process(tmp_path, alone, processes):
+    """Begun by several, gone on with by one."""
+    out = finish(start(tmp_path, processes, 'ddpm.PREVIEW["num_epochs"] = 3'))
+    assert out.count('Epoch 3 | Loss') == 1  # rank 0 alone speaks
+    assert (tmp_path / 'outputs/grid.png').exists()
+    done = run_program(tmp_path, NUMBERS, '--preview')
+    assert done.returncode == 0, done.stderr
+    assert len(alone) == 12
+    torch.testing.assert_close(losses(tmp_path), alone, rtol=1e-5, atol=0)
+
+
+def test_samples_are_shared_and_put_together_in_order(tmp_path):
+    """The grid of 64 of two processes is that of one, pixel by pixel."""
+    finish(start(tmp_path, 2))
+    draw = 'ddpm.fresh_seed = lambda: 7\nddpm.train = lambda **numbers: None\n'
+    grids = []
+    for again in (
+        lambda: finish(start(tmp_path, 2, draw)),
+        lambda: run_program(tmp_path, NUMBERS + draw, '--preview'),
+    ):
+        (tmp_path / 'outputs/grid.png').unlink()
+        again()
+        grids.append((tmp_path / 'outputs/grid.png').read_bytes())
+    assert grids[0] == grids[1]
+
+
+def test_a_stop_ends_all_with_one_good_checkpoint(tmp_path, alone):
+    slow = 'import time\nloss = ddpm.diffusion_loss\n'
+    slow += 'ddpm.diffusion_loss = lambda *a: time.sleep(0.05) or loss(*a)\n'
+    slow += 'ddpm.PREVIEW.update(num_epochs=400, save_minutes=0)'
+    process = start(tmp_path, 2, slow)
+    while not (tmp_path / 'checkpoints/tiny').exists():
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert out.count('Stopped after') == 1
+    stopped = losses(tmp_path)
+    assert 10 <= len(stopped) < 1200
+    torch.testing.assert_close(stopped[:12], alone[: len(stopped)], rtol=1e-5, atol=0)
+    assert os.listdir(tmp_path / 'checkpoints') == ['tiny']
+
+
+def test_a_batch_that_cannot_be_shared(tmp_path):
+    process = start(tmp_path, 2, 'ddpm.PREVIEW["batch_size"] = 9')
+    _, err = process.communicate(timeout=120)
+    assert process.returncode != 0
+    assert err.count('ddpm.py: batch_size is 9, which 2 processes cannot share evenly') == 1
