@@ -105,7 +105,8 @@ class Attention(nn.Module):
         h, w = x.shape[2:]
         x = rearrange(x, 'b c h w -> b (h w) c')  # (B, L, C), L = H*W
         x = self.proj1(x)  # (B, L, 3C)
-        q, k, v = rearrange(x, 'b L (C H K) -> K b H L C', K=3, H=self.num_heads)
+        x = rearrange(x, 'b L (C H K) -> K b H L C', K=3, H=self.num_heads)
+        q, k, v = x.contiguous()  # as fused attention kernels need them, (B, heads, L, C/heads)
         dropout = self.dropout_prob if self.training else 0.0
         x = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)  # (B, heads, L, C/heads)
         x = rearrange(x, 'b H L C -> b L (C H)')  # (B, L, C)
@@ -242,6 +243,7 @@ def train(
     unet: dict | None = None,
     save_minutes: float = 2,
     sample_every: int = 5,
+    lr_decay: bool = False,
 ):
     """Algorithm 1 of the paper, until num_epochs epochs are done in all.
 
@@ -249,14 +251,15 @@ def train(
     as if the run had never stopped; it is written every save_minutes, at the end, and on Ctrl-C
     or SIGTERM. seed -1 draws one. dataset is one of DATASETS. unet holds the arguments of UNET
     that differ from its defaults. Every sample_every epochs (0: never) a grid of samples, always
-    from the same noise, goes to outputs/progress.
+    from the same noise, goes to outputs/progress. With lr_decay the learning rate rises to lr over
+    the first 3% of the run and falls linearly to 0 at its end; the article's stays the same.
 
     Raises UserError (a ValueError) for a number out of range, data or a checkpoint that cannot be
     used, and a loss that is not finite; SystemExit(128 + signal) when stopped, once saved.
     """
     config = {k: v for k, v in locals().items() if k not in ('checkpoint_path', 'unet')}
     check_numbers(config)
-    device, few_steps = best_device(), min(DDIM_STEPS, num_time_steps)
+    device, few_steps, fixed = best_device(), min(DDIM_STEPS, num_time_steps), seed != -1
     rank, world = ranks()  # of several processes each takes its share of every batch
     share = slice(rank * batch_size // world, (rank + 1) * batch_size // world)
     if batch_size % world:
@@ -270,12 +273,13 @@ def train(
         seed = run.settle(unet, steps)
 
         set_seed(seed)
+        choose_kernels(device, repeatable=fixed)
         model = UNET(**unet).to(device, memory_format=torch.channels_last)
         scheduler = DDPM_Scheduler(num_time_steps).to(device)
-        optimizer = torch.optim.Adam(model.parameters(), lr=lr, fused=device.type == 'cuda')
+        optimizer = torch.optim.Adam(model.parameters(), lr=lr, fused=device.type != 'mps')
         ema = ModelEmaV3(model, decay=ema_decay)
         run.restore(model, optimizer, ema)
-        fast_model = fast(model, images.shape[1], batch_size // world)
+        fast_model = fast(model, images.shape[1], batch_size // world, run.total - run.done)
         draws = torch.Generator(device)
         fixed_noise = torch.randn(
             64, images.shape[1], 32, 32, generator=draws.manual_seed(0), device=device
@@ -296,6 +300,9 @@ def train(
                 loss = diffusion_loss(fast_model, scheduler, x[share], t[share], eps[share])
                 optimizer.zero_grad()
                 loss.backward()
+                if lr_decay:
+                    left = 1 - run.done / run.total
+                    optimizer.param_groups[0]['lr'] = lr * min((1 - left) / 0.03 + 1e-3, left)
                 optimizer.step()
                 ema.update(model)
                 run.record(loss)
@@ -418,6 +425,7 @@ DATASETS = ('MNIST', 'FashionMNIST', 'KMNIST', 'QMNIST', 'CIFAR10', 'FontDigits'
 CHECKPOINT = 'checkpoints/ddpm_checkpoint'
 OUTPUTS = Path('outputs')
 DDIM_STEPS = 50  # of the grids; the strips take as many as inference is asked for
+LONG_RUN = 10_000  # steps from which on compiling the model pays
 STRIP_TIMES = (999, 700, 550, 400, 300, 200, 100, 50, 15)  # of the article's strip, for T = 1000
 UNET_DEFAULTS = {k: p.default for k, p in inspect.signature(UNET).parameters.items()}
 NUMBERS = {  # what may be asked of train: type, least, most
@@ -481,11 +489,12 @@ def torchrun():
         dist.destroy_process_group()
 
 
-def fast(model, channels, batch_size):
-    """The model as the training loop calls it: with gradients averaged over the processes, and on
-    CUDA compiled, which is tried out here. The weights are those of `model`."""
+def fast(model, channels, batch_size, steps):
+    """The model as the training loop calls it: compiled, if so many steps pay for the minute that
+    takes (it is tried out here), and with gradients averaged over the processes. The weights are
+    those of `model`."""
     device = next(model.parameters()).device
-    if device.type == 'cuda':
+    if steps >= LONG_RUN and device.type != 'mps':
         model.compile()
         try:
             x = torch.zeros(batch_size, channels, 32, 32, device=device)
@@ -496,6 +505,15 @@ def fast(model, channels, batch_size):
             model._compiled_call_impl = None
             say(f'torch.compile does not work here ({reason(error)}); going on without it')
     return DistributedDataParallel(model) if ranks()[1] > 1 else model
+
+
+def choose_kernels(device, repeatable):
+    """On CUDA either kernels that compute the same thing every time or the fastest ones."""
+    if device.type == 'cuda':
+        os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
+        torch.use_deterministic_algorithms(repeatable, warn_only=True)
+        torch.backends.cudnn.deterministic = repeatable
+        torch.backends.cudnn.benchmark = not repeatable
 
 
 def has_bf16(device):

@@ -45,6 +45,8 @@ from torchvision.transforms.functional import gaussian_blur
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from speed import processor, table  # noqa: E402
+
 import ddpm  # noqa: E402
 
 RESULTS = Path(__file__).parent / 'results'
@@ -499,13 +501,6 @@ def broken(result):
     return wrong
 
 
-def table(head, rows):
-    """Markdown. Numbers get three digits."""
-    rows = [[f'{v:,.3g}' if isinstance(v, float) else str(v) for v in row] for row in rows]
-    lines = [head, ['---', *['---:'] * (len(head) - 1)], *rows]
-    return '\n'.join(f'| {" | ".join(line)} |' for line in lines) + '\n'
-
-
 def report(result):
     """The result as Markdown tables."""
     samples, spaces, classes = result['samples'], result['spaces'], result['classes']
@@ -597,14 +592,6 @@ def main():
     print(f'{about["machine"]}, {about["minutes"]:.1f} minutes; {args.output / name}.json')
     if result['broken']:
         sys.exit('quality.py: controls out of order: ' + '; '.join(result['broken']))
-
-
-def processor():
-    """The CPU's name, where Linux tells it, and the number of threads in use."""
-    info = Path('/proc/cpuinfo')
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(': ')[1] for line in lines if line.startswith('model name')]
-    return f'{(names or [platform.machine()])[0]}, {torch.get_num_threads()} threads'
 
 
 if __name__ == '__main__':

@@ -1,0 +1,574 @@
+"""How fast is ddpm.py? Times it beside the article's own loop and two well-known libraries.
+
+    pip install -r benchmarks/requirements.txt
+    python benchmarks/speed.py
+
+Works on CUDA and on a CPU. The contestants take turns (A B C D A B C D ...), so that what else the
+machine does, and its temperature, falls on all of them alike; a ratio is formed within a round, and
+its median over the rounds is shown with the smallest and the largest. Prints tables and writes
+benchmarks/results/speed-DEVICE.json.
+
+* ddpm.py trains by `ddpm.train` itself and samples by `ddpm.reverse_process`.
+* The article's loop is written afresh from its description: float32, a DataLoader with 4 workers,
+  tables and time steps on the CPU, `.item()` each step; ten digits one at a time, with the state
+  copied to the device and back at each step and attention's dropout left on.
+* diffusers: UNet2DModel with about as many weights, AdamW, EMAModel, gradients clipped to 1, as in
+  its unconditional training script; DDPMScheduler, and DDIMScheduler for 50 steps.
+* denoising-diffusion-pytorch: its Unet(64) and GaussianDiffusion with what its Trainer does each
+  step (Adam, gradients clipped to 1, its EMA every 10 steps); full precision is its default.
+
+All see the same digits, drawn from fonts: what they show does not matter here. FLOPs are counted
+by torch's FlopCounterMode on one image forward and backward; a multiply-add counts two. Each step
+of the reverse process costs the same, so a few steps are timed and multiplied where a whole
+process would take too long; the table says how many.
+"""
+
+import argparse
+import contextlib
+import copy
+import datetime
+import io
+import itertools
+import json
+import multiprocessing
+import platform
+import resource
+import statistics
+import sys
+import tempfile
+import time
+import warnings
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from timm.utils import ModelEmaV3
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.data import DataLoader, Dataset
+from torch.utils.flop_counter import FlopCounterMode
+from torchvision.transforms.functional import to_pil_image, to_tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import ddpm  # noqa: E402
+
+try:
+    from diffusers import DDIMScheduler, DDPMScheduler, UNet2DModel
+    from diffusers.training_utils import EMAModel
+except ImportError:
+    UNet2DModel = None  # not installed: does not take part
+try:
+    from denoising_diffusion_pytorch import GaussianDiffusion, Unet
+    from ema_pytorch import EMA
+except ImportError:
+    Unet = None
+
+RESULTS = Path(__file__).parent / 'results'
+DIGITS = 10  # of the article's inference
+WARM = 2  # steps before the clock starts
+SIZES = {  # of the models: the article's and its like, or small ones to try the benchmark itself
+    'full': {'unet': {}, 'width': 64, 'widths': (64, 128, 256, 320), 'long run': 0},  # compiles
+    'small': {
+        'unet': dict(
+            Channels=[8, 16, 32, 32],
+            Attentions=[False, True, False, False],
+            Upscales=[False, False, True, True],
+            num_groups=4,
+            num_heads=2,
+        ),
+        'width': 8,
+        'widths': (32, 32, 32, 32),
+        'long run': 1000,
+    },
+}
+
+
+class FontDigits(Dataset):
+    """60,000 digits as torchvision's MNIST gives them: a PIL picture made into a tensor."""
+
+    def __init__(self):
+        self.images = ddpm.font_digits(600)
+
+    def __len__(self):
+        return 60_000
+
+    def __getitem__(self, i):
+        return to_tensor(to_pil_image(self.images[i % len(self.images)]))
+
+
+def batches(batch_size, workers=4):
+    """Endless shuffled batches (B, 1, 28, 28) in [0, 1], from workers as in the article."""
+    loader = DataLoader(FontDigits(), batch_size, True, num_workers=workers, drop_last=True)
+    return itertools.chain.from_iterable(itertools.repeat(loader))
+
+
+# ==============================================================================================
+# The contestants. `training` and `sampling` yield after each step; they start where they stopped.
+# ==============================================================================================
+
+
+class Ours:
+    """ddpm.py as it is."""
+
+    name = 'ddpm.py'
+
+    def __init__(self, size, device):
+        self.size, self.device = size, device
+        self.model = ddpm.UNET(**size['unet'])
+
+    def loss_of_one(self, x):
+        return ddpm.diffusion_loss(self.model, ddpm.DDPM_Scheduler(), x, torch.tensor([5]), x)
+
+    def train(self, batch_size, steps, side=28):
+        """Seconds that `steps` steps of ddpm.train take, after WARM others."""
+        images = torch.randint(256, ((steps + WARM) * batch_size, 1, side, side))
+        record, clock = ddpm.Run.record, []
+
+        def record_and_time(run, loss):
+            record(run, loss)
+            if run.done in (WARM, WARM + steps):
+                clock.append(now(self.device))
+
+        def load_images(_):
+            return images.to(torch.uint8)
+
+        with (
+            mock.patch.object(ddpm.Run, 'record', record_and_time),
+            mock.patch.object(ddpm, 'load_images', load_images),
+            mock.patch.object(ddpm, 'to_input', lambda x: whole(x.float() / 255)),
+            mock.patch.object(ddpm, 'LONG_RUN', self.size['long run']),
+            mock.patch.object(ddpm, 'save_checkpoint'),
+            mock.patch.object(ddpm, 'draw_losses'),
+            tempfile.TemporaryDirectory() as folder,
+            contextlib.redirect_stdout(io.StringIO()),
+            contextlib.redirect_stderr(io.StringIO()),
+        ):
+            ddpm.train(
+                batch_size,
+                num_epochs=1,
+                checkpoint_path=f'{folder}/checkpoint',
+                unet=self.size['unet'],
+                sample_every=0,
+            )
+        return clock[1] - clock[0]
+
+    def sampling(self, num_steps):
+        model = self.model.to(self.device, memory_format=torch.channels_last)
+        scheduler = ddpm.DDPM_Scheduler().to(self.device)
+        while True:
+            x = torch.randn(DIGITS, 1, 32, 32, device=self.device)
+            yield from ddpm.reverse_process(model, x, scheduler, num_steps)
+
+
+class Stepwise:
+    """A contestant whose training is a generator."""
+
+    steps = None
+
+    def train(self, batch_size, steps):
+        """Seconds that `steps` steps take, after WARM others."""
+        self.steps = self.steps or self.training(batch_size)  # its workers live on between turns
+        return pace(self.steps, steps, self.device, WARM)
+
+
+class ArticleUNET(ddpm.UNET):
+    """The article's forward: the time table is on the CPU, nothing is checked."""
+
+    def forward(self, x, t):
+        embeddings = self.table[t].to(x.device)[:, :, None, None]
+        x, skips, half = self.shallow_conv(x), [], self.num_layers // 2
+        for i in range(self.num_layers):
+            x, skip = getattr(self, f'Layer{i + 1}')(x, embeddings)
+            if i < half:
+                skips.append(skip)
+            else:
+                x = torch.cat((x, skips.pop()), dim=1)
+        return self.output_conv(self.relu(self.late_conv(x)))
+
+
+class Article(Stepwise):
+    name = "the article's"
+
+    def __init__(self, size, device):
+        self.device = device
+        self.model = ArticleUNET(**size['unet'])
+        self.model.table = self.model.embeddings.embeddings.clone()  # no buffer: stays on the CPU
+        self.scheduler = ddpm.DDPM_Scheduler()
+        self.criterion = torch.nn.MSELoss()
+
+    def loss_of_one(self, x):
+        return self.criterion(self.model(x, [5]), x)
+
+    def training(self, batch_size):
+        model = self.model.train().to(self.device)
+        optimizer = torch.optim.Adam(model.parameters(), lr=2e-5)
+        ema = ModelEmaV3(model, decay=0.9999)
+        total = 0.0
+        for x in batches(batch_size):
+            x = F.pad(x.to(self.device), (2, 2, 2, 2))
+            t = torch.randint(0, 1000, (batch_size,))
+            e = torch.randn_like(x)
+            a = self.scheduler.alpha[t].view(batch_size, 1, 1, 1).to(self.device)
+            x = torch.sqrt(a) * x + torch.sqrt(1 - a) * e
+            output = model(x, t)
+            optimizer.zero_grad()
+            loss = self.criterion(output, e)
+            total += loss.item()
+            loss.backward()
+            optimizer.step()
+            ema.update(model)
+            yield
+
+    def sampling(self, num_steps):
+        """One step of each of ten digits, one at a time; always the process of 1000 steps."""
+        model = copy.deepcopy(self.model).eval().to(self.device)
+        for module in model.modules():
+            if isinstance(module, ddpm.Attention):
+                module.train()  # its dropout is never off
+        beta, alpha = self.scheduler.beta, self.scheduler.alpha
+        with torch.no_grad():
+            zs = torch.randn(DIGITS, 1, 1, 32, 32)
+            for t in itertools.cycle(reversed(range(1, 1000))):
+                for i, z in enumerate(zs):
+                    z = z.to(self.device)
+                    scale = beta[t] / (torch.sqrt(1 - alpha[t]) * torch.sqrt(1 - beta[t]))
+                    z = z / torch.sqrt(1 - beta[t]) - scale * model(z, [t]).to(z.device)
+                    zs[i] = z.cpu() + torch.randn(1, 1, 32, 32) * torch.sqrt(beta[t])
+                yield
+
+
+class Diffusers(Stepwise):
+    name = 'diffusers'
+
+    def __init__(self, size, device):
+        self.device = device
+        self.model = UNet2DModel(
+            sample_size=32,
+            in_channels=1,
+            out_channels=1,
+            layers_per_block=2,
+            block_out_channels=size['widths'],
+            down_block_types=('DownBlock2D', 'DownBlock2D', 'AttnDownBlock2D', 'DownBlock2D'),
+            up_block_types=('UpBlock2D', 'AttnUpBlock2D', 'UpBlock2D', 'UpBlock2D'),
+        )
+        self.scheduler = DDPMScheduler(1000)
+
+    def loss_of_one(self, x):
+        return F.mse_loss(self.model(x, torch.tensor([5])).sample, x)
+
+    def training(self, batch_size):
+        model = self.model.train().to(self.device)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+        ema = EMAModel(model.parameters(), decay=0.9999)
+        for x in batches(batch_size):
+            x = F.pad(x.to(self.device), (2, 2, 2, 2)) * 2 - 1
+            noise = torch.randn_like(x)
+            t = torch.randint(0, 1000, (batch_size,), device=self.device)
+            prediction = model(self.scheduler.add_noise(x, noise, t), t).sample
+            loss = F.mse_loss(prediction, noise)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            ema.step(model.parameters())
+            loss.detach().item()
+            yield
+
+    def sampling(self, num_steps):
+        model = copy.deepcopy(self.model).eval().to(self.device)
+        scheduler = (DDPMScheduler if num_steps == 1000 else DDIMScheduler)(1000)
+        scheduler.set_timesteps(num_steps)
+        with torch.no_grad():
+            while True:
+                x = torch.randn(DIGITS, 1, 32, 32, device=self.device)
+                for t in scheduler.timesteps:
+                    x = scheduler.step(model(x, t).sample, t, x).prev_sample
+                    yield
+
+
+class DenoisingDiffusion(Stepwise):
+    name = 'denoising-diffusion-pytorch'
+
+    def __init__(self, size, device):
+        self.device = device
+        self.model = Unet(size['width'], channels=1)
+        self.diffusion = GaussianDiffusion(self.model, image_size=32, timesteps=1000)
+
+    def loss_of_one(self, x):
+        return self.diffusion(x)
+
+    def training(self, batch_size):
+        diffusion = self.diffusion.train().to(self.device)
+        optimizer = torch.optim.Adam(diffusion.parameters(), lr=1e-4, betas=(0.9, 0.99))
+        ema = EMA(diffusion, beta=0.995, update_every=10).to(self.device)
+        for x in batches(batch_size):
+            loss = diffusion(F.pad(x.to(self.device), (2, 2, 2, 2)))
+            loss.item()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(diffusion.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            ema.update()
+            yield
+
+    def sampling(self, num_steps):
+        diffusion = copy.deepcopy(self.diffusion).eval().to(self.device)
+        x, x_0 = torch.randn(DIGITS, 1, 32, 32, device=self.device), None
+        times = torch.linspace(999, 0, num_steps).round().long().tolist()
+        with torch.inference_mode():
+            for t in itertools.cycle(times):
+                if num_steps == 1000:
+                    x, x_0 = diffusion.p_sample(x, t, None)
+                else:  # what a step of its ddim_sample computes that takes time
+                    when = torch.full((DIGITS,), t, device=self.device, dtype=torch.long)
+                    diffusion.model_predictions(x, when, None, clip_x_start=True)
+                yield
+
+
+CONTESTANTS = [Ours, Article]
+CONTESTANTS += [Diffusers] if UNet2DModel else []
+CONTESTANTS += [DenoisingDiffusion] if Unet else []
+
+
+# ==============================================================================================
+# Measuring
+# ==============================================================================================
+
+
+def whole(x, side=32):
+    """Padded to 32 x 32 as ddpm.to_input does it; larger images stay as they are."""
+    return F.pad(x, [(side - x.shape[-1]) // 2] * 4) if x.shape[-1] < side else x
+
+
+def now(device):
+    """The time in seconds, once the device has done all that it was asked to."""
+    if device.type == 'cuda':
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def pace(steps, count, device, warm=1):
+    """Seconds that the next `count` steps take, after `warm` others."""
+    for _ in range(warm):
+        next(steps)
+    start = now(device)
+    for _ in range(count):
+        next(steps)
+    return now(device) - start
+
+
+def gflop_of_image(contestant):
+    """(forward, forward and backward) of one image of 32 x 32."""
+    counts = []
+    for backward in (False, True):
+        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+            loss = contestant.loss_of_one(torch.rand(1, 1, 32, 32))
+            if backward:
+                loss.backward()
+        counts.append(counter.get_total_flops() / 1e9)
+    contestant.model.zero_grad()
+    return counts
+
+
+def matrix_rate(device):
+    """TFLOP/s of the product of two square matrices, in bfloat16 where ddpm.py would use it."""
+    n, repeats = (8192, 20) if device.type == 'cuda' else (2048, 5)
+    a = torch.randn(n, n, device=device)
+    a = a.bfloat16() if ddpm.has_bf16(device) else a
+
+    def products():
+        while True:
+            yield a @ a
+
+    return max(2 * n**3 * repeats / pace(products(), repeats, device) for _ in range(3)) / 1e12
+
+
+def peak_memory(contestant, size, device, batch_size, queue):
+    """Puts GB into the queue: of the GPU as torch counts it, else of this whole process."""
+    Contestant = {c.name: c for c in CONTESTANTS}[contestant]
+    Contestant(SIZES[size], device).train(batch_size, 1)
+    kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    cuda = device.type == 'cuda'
+    queue.put((torch.cuda.max_memory_allocated() if cuda else kilobytes * 1024) / 1e9)
+
+
+def in_another_process(function, *arguments):
+    context = multiprocessing.get_context('spawn')
+    queue = context.Queue()
+    process = context.Process(target=function, args=(*arguments, queue))
+    process.start()
+    while process.is_alive() and queue.empty():
+        time.sleep(0.1)
+    process.join()
+    return queue.get() if process.exitcode == 0 else None
+
+
+def spread(values):
+    """(median, least, most)"""
+    return statistics.median(values), min(values), max(values)
+
+
+def contest(size, device, batch_size, rounds, steps, sampling_steps):
+    """{name: figures} of all contestants, who take turns."""
+    contestants = [Contestant(SIZES[size], device) for Contestant in CONTESTANTS]
+    results = {}
+    for c in contestants:
+        forward, training = gflop_of_image(c)
+        results[c.name] = {
+            'parameters': sum(p.numel() for p in c.model.parameters()),
+            'GFLOP an image forward': forward,
+            'GFLOP an image in training': training,
+            'peak memory, GB': in_another_process(peak_memory, c.name, size, device, batch_size),
+        }
+    turns = {c.name: [] for c in contestants}
+    for turn in range(rounds + 1):
+        for c in contestants:
+            seconds = c.train(batch_size, steps)
+            if turn:  # the first round warms up: compilation, workers, choice of algorithms
+                turns[c.name].append(steps * batch_size / seconds)
+    for num_steps in (1000, 50):
+        processes = {c.name: c.sampling(num_steps) for c in contestants}
+        times = {name: [] for name in processes}
+        for turn in range(rounds + 1):
+            for name, process in processes.items():
+                if turn == 0 and device.type == 'cuda':
+                    pace(process, 1, device)
+                # the article has no shorter process than its 1000 steps
+                length = 1000 if name == Article.name else num_steps
+                count = min(sampling_steps, length)
+                if turn:
+                    times[name].append(pace(process, count, device) * length / count)
+        for name in processes:
+            results[name][f'ten digits, {num_steps} steps, seconds'] = times[name]
+    for name, values in turns.items():
+        results[name]['images a second'] = values
+        results[name]['TFLOP/s'] = (
+            statistics.median(values) * results[name]['GFLOP an image in training'] / 1e3
+        )
+    return results
+
+
+def curves(size, device, batch_size, steps, seconds):
+    """Images a second of ddpm.train against batch size and against image size, as far as neither
+    memory nor `seconds` a point run out."""
+    ours, curve = Ours(SIZES[size], device), {'batch size': {}, 'image size': {}}
+    sweeps = [('batch size', b, b, 28) for b in (16, 32, 64, 128, 256, 512, 1024)]
+    sweeps += [('image size', side, batch_size, side) for side in (32, 64, 96, 128)]
+    expected = {}
+    for axis, value, count, side in sweeps:
+        work = count * max(side, 32) ** 2
+        if (expected.get(axis, 0) * work) * (steps + WARM) > seconds:
+            continue
+        try:
+            taken = ours.train(count, steps, side)
+        except RuntimeError as error:
+            print(f'{axis} {value}: {ddpm.reason(error)}')
+            break
+        expected[axis] = taken / steps / work
+        curve[axis][value] = steps * count / taken
+    return curve
+
+
+# ==============================================================================================
+# The report
+# ==============================================================================================
+
+
+def table(head, rows):
+    """Markdown. Numbers get three digits."""
+    rows = [[f'{v:,.3g}' if isinstance(v, float) else str(v) for v in row] for row in rows]
+    lines = [head, ['---', *['---:'] * (len(head) - 1)], *rows]
+    return '\n'.join(f'| {" | ".join(line)} |' for line in lines) + '\n'
+
+
+def report(result):
+    """The tables, from what the JSON file holds."""
+    found, rate = result['contestants'], result['matrix rate, TFLOP/s']
+    first, rows, times = found[Ours.name], [], []
+    for name, f in found.items():
+        pace = spread(f['images a second'])
+        ratios = [a / b for a, b in zip(first['images a second'], f['images a second'])]
+        rows.append(
+            [name, f'{f["parameters"] / 1e6:.1f} M', f['GFLOP an image in training']]
+            + [f'{pace[0]:.3g}', f['TFLOP/s'], f'{f["TFLOP/s"] / rate:.0%}', f['peak memory, GB']]
+            + ['{:.2f} ({:.2f} to {:.2f})'.format(*spread(ratios))]
+        )
+        row = [name]
+        for steps in (1000, 50):
+            key = f'ten digits, {steps} steps, seconds'
+            ratios = [b / a for a, b in zip(first[key], f[key])]
+            row += [statistics.median(f[key]), '{:.2f} ({:.2f} to {:.2f})'.format(*spread(ratios))]
+        times.append(row)
+    text = f'Training, batch {result["batch size"]}, {result["steps a turn"]} steps a turn, '
+    text += f'{result["rounds"]} rounds; a matrix product reaches {rate:.3g} TFLOP/s:\n\n'
+    head = ['', 'weights', 'GFLOP an image', 'images a second', 'TFLOP/s', 'of the matrix rate']
+    text += table([*head, 'GB', 'ddpm.py is faster by'], rows)
+    count = result['timed steps of the reverse process']
+    text += f'\nTen digits, seconds; {count} steps a turn were timed, and multiplied:\n\n'
+    head = ['', '1000 steps', 'ddpm.py is faster by', '50 steps', 'ddpm.py is faster by']
+    text += table(head, times)
+    for axis, points in result['curves'].items():
+        text += f'\nImages a second against {axis}:\n\n'
+        text += table([axis, *map(str, points)], [['', *points.values()]])
+    return text
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(description='Times ddpm.py beside its like.')
+    cuda = torch.cuda.is_available()
+    parser.add_argument('--batch', type=int, default=64 if cuda else 16)
+    parser.add_argument('--rounds', type=int, default=5)
+    parser.add_argument('--steps', type=int, default=200 if cuda else 4, help='of training, a turn')
+    sampling = 250 if cuda else 4
+    parser.add_argument('--sampling-steps', type=int, default=sampling, help='of a turn')
+    parser.add_argument('--seconds', type=float, default=60, help='the most for a curve point')
+    parser.add_argument('--size', choices=SIZES, default='full', help='of the models')
+    parser.add_argument('--output', type=Path, default=RESULTS, help='folder of the JSON file')
+    args = parser.parse_args(arguments)
+    for package in ('diffusers', 'denoising-diffusion-pytorch'):
+        if not installed(package):
+            print(f'{package} is not installed and does not take part')
+    warnings.simplefilter('ignore')  # of the DataLoader: more workers than cores
+    device, start = ddpm.best_device(), time.monotonic()
+    found = contest(args.size, device, args.batch, args.rounds, args.steps, args.sampling_steps)
+    result = {
+        'date': datetime.date.today().isoformat(),
+        'machine': torch.cuda.get_device_name() if cuda else processor(),
+        'versions': {'python': platform.python_version()}
+        | {p: installed(p) for p in ('torch', 'diffusers', 'denoising-diffusion-pytorch')},
+        'batch size': args.batch,
+        'rounds': args.rounds,
+        'steps a turn': args.steps,
+        'timed steps of the reverse process': args.sampling_steps,
+        'matrix rate, TFLOP/s': matrix_rate(device),
+        'contestants': found,
+        'curves': curves(args.size, device, args.batch, args.steps, args.seconds),
+        'minutes': (time.monotonic() - start) / 60,
+    }
+    name = result['machine'].split()[-1] if cuda else 'cpu'
+    args.output.mkdir(parents=True, exist_ok=True)
+    path = args.output / f'speed-{name}.json'
+    path.write_text(json.dumps(result, indent=1) + '\n')
+    print(report(result))
+    print(f'{result["machine"]}, {result["minutes"]:.1f} minutes; {path}')
+
+
+def installed(package):
+    """Its version, or None."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def processor():
+    """The CPU's name, where Linux tells it, and the number of threads in use."""
+    info = Path('/proc/cpuinfo')
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(': ')[1] for line in lines if line.startswith('model name')]
+    return f'{(names or [platform.machine()])[0]}, {torch.get_num_threads()} threads'
+
+
+if __name__ == '__main__':
+    main()

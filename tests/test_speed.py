@@ -1,0 +1,76 @@
+"""The speed benchmark at a tiny size: what it counts and what it writes, never how long it took."""
+
+import json
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+
+sys.path.append(str(ROOT / 'benchmarks'))
+import speed  # noqa: E402
+
+CPU = torch.device('cpu')
+
+
+def test_flops_of_the_default_unet_are_counted():
+    forward, training = speed.gflop_of_image(speed.Ours(speed.SIZES['full'], CPU))
+    assert forward == pytest.approx(7.26, rel=0.005)  # spec: 7.26 forward, 21.8 in training
+    assert training == pytest.approx(21.8, rel=0.005)
+
+
+def test_the_articles_loop_is_of_the_same_model(float32):
+    size = speed.SIZES['small']
+    ours, article = speed.Ours(size, CPU).model.eval(), speed.Article(size, CPU).model.eval()
+    article.load_state_dict(ours.state_dict())
+    x = torch.randn(3, 1, 32, 32)
+    with torch.inference_mode():
+        assert torch.allclose(article(x, [0, 7, 999]), ours(x, [0, 7, 999]), atol=1e-5)
+
+
+@pytest.mark.parametrize('Contestant', speed.CONTESTANTS)
+def test_contestants_really_train(Contestant, monkeypatch):
+    monkeypatch.setattr(speed, 'batches', lambda size: iter(lambda: torch.rand(size, 1, 28, 28), 0))
+    torch.manual_seed(0)
+    contestant = Contestant(speed.SIZES['small'], CPU)
+    updates = []
+    monkeypatch.setattr(speed.ddpm.Run, 'record', count(speed.ddpm.Run.record, updates))
+    before = [p.detach().clone() for p in contestant.model.parameters()]
+    assert contestant.train(2, 3) > 0
+    if Contestant is speed.Ours:  # ddpm.train builds its own model
+        assert len(updates) == speed.WARM + 3
+    else:
+        assert any(not torch.equal(a, b) for a, b in zip(before, contestant.model.parameters()))
+
+
+def count(function, calls):
+    def counting(*arguments):
+        calls.append(arguments)
+        return function(*arguments)
+
+    return counting
+
+
+def test_pace_times_only_what_was_asked_for(monkeypatch):
+    clock, done = iter([10.0, 16.0]), []
+    monkeypatch.setattr(speed, 'now', lambda device: next(clock))
+    steps = (done.append(i) for i in range(100))
+    assert speed.pace(steps, 3, CPU, warm=2) == 6.0
+    assert len(done) == 5
+
+
+def test_the_whole_benchmark(tmp_path, capsys):
+    speed.main(
+        '--batch 2 --rounds 1 --steps 1 --sampling-steps 1 --seconds 0.5 --size small '
+        f'--output {tmp_path}'.split()
+    )
+    (path,) = tmp_path.iterdir()
+    result = json.loads(path.read_text())
+    assert path.name.startswith('speed-') and result['versions']['torch'] == torch.__version__
+    names = [Contestant.name for Contestant in speed.CONTESTANTS]
+    assert list(result['contestants']) == names
+    for figures in result['contestants'].values():
+        assert figures['parameters'] > 1000 and len(figures['images a second']) == 1
+        assert figures['peak memory, GB'] > 0.1
+    out = capsys.readouterr().out
+    assert all(f'| {name} | ' in out for name in names)
