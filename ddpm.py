@@ -13,7 +13,6 @@ import sys
 import time
 import zlib
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -259,7 +258,7 @@ def train(
     """
     config = {k: v for k, v in locals().items() if k not in ('checkpoint_path', 'unet')}
     check_numbers(config)
-    device, few_steps, fixed = best_device(), min(DDIM_STEPS, num_time_steps), seed != -1
+    device, fixed = best_device(), seed != -1
     rank, world = ranks()  # of several processes each takes its share of every batch
     share = slice(rank * batch_size // world, (rank + 1) * batch_size // world)
     if batch_size % world:
@@ -279,11 +278,8 @@ def train(
         optimizer = torch.optim.Adam(model.parameters(), lr=lr, fused=device.type != 'mps')
         ema = ModelEmaV3(model, decay=ema_decay)
         run.restore(model, optimizer, ema)
-        fast_model = fast(model, images.shape[1], batch_size // world, run.total - run.done)
+        fast_model = fast(model, images.shape[1], batch_size // world, run)
         draws = torch.Generator(device)
-        fixed_noise = torch.randn(
-            64, images.shape[1], 32, 32, generator=draws.manual_seed(0), device=device
-        )
 
         for epoch in range(run.done // steps, num_epochs):
             shuffle = torch.Generator().manual_seed(derive(seed, 0, epoch))
@@ -308,12 +304,7 @@ def train(
                 run.record(loss)
             say(f'Epoch {epoch + 1} | Loss {run.mean_loss(epoch):.5f}')
             if rank == 0 and sample_every and (epoch + 1) % sample_every == 0:
-                name = f'progress/{run.path.name}_{epoch + 1:03d}.png'
-                for _, x in reverse_process(ema.module, fixed_noise, scheduler, few_steps):
-                    if run.signals:
-                        break
-                else:
-                    save_grid(x, name)
+                draw_progress(ema.module, scheduler, run, epoch + 1)
         run.stop_if_asked()
     if rank == 0:
         draw_losses(run.losses, steps)
@@ -324,8 +315,11 @@ def train(
 # ==============================================================================================
 
 
-def sampling_times(num_time_steps: int, num_steps: int) -> list:
-    """num_steps time steps from T-1 down to 0, evenly spread."""
+def sampling_times(num_time_steps: int, num_steps: int | None = None) -> list:
+    """num_steps time steps (None: all) from T-1 down to 0, evenly spread. Raises UserError for a
+    num_steps outside 1..T."""
+    num_steps = num_time_steps if num_steps is None else num_steps
+    check_number('num_steps', num_steps, int, 1, num_time_steps)
     return torch.linspace(num_time_steps - 1, 0, num_steps).round().long().tolist()
 
 
@@ -336,18 +330,16 @@ def reverse_process(model, x, scheduler, num_steps: int | None = None):
     x (B, C, H, W) ~ N(0, I), on the device of model and scheduler. With num_steps of None or T
     this is Algorithm 2 of the paper with sigma_t^2 = beta_t, and x is yielded before the step's
     noise is added. With fewer steps it is DDIM (Song et al. 2021, eq. 12 with sigma = 0), with
-    the predicted x_0 clipped to [0, 1]. Raises UserError for a num_steps outside 1..T.
+    the predicted x_0 clipped to [0, 1].
     """
     T = len(scheduler.beta)
-    num_steps = T if num_steps is None else num_steps
-    check_number('num_steps', num_steps, int, 1, T)
     times = sampling_times(T, num_steps)
     model.eval()
     for t, t_next in zip(times, times[1:] + [None]):
         beta, abar = scheduler(t)
         with autocast(x.device):
             eps = model(x, torch.full((len(x),), t, device=x.device)).float()
-        if num_steps == T:
+        if len(times) == T:
             x = (x - beta / (1 - abar).sqrt() * eps) / (1 - beta).sqrt()  # Algorithm 2, line 4
             yield t, x
             if t > 0:
@@ -378,9 +370,9 @@ def inference(
     num_steps: int | None = None,
     seed: int = -1,
 ):
-    """Draws digits from the EMA weights of a checkpoint, by the UNET that it names: ten reverse
-    processes of num_steps steps (None: num_time_steps, as in the article), a grid of 64 and its
-    animation by 50 steps of DDIM. The pictures go to outputs/, and to windows where there is a
+    """Draws 64 digits from the EMA weights of a checkpoint, by the UNET that it names, in num_steps
+    steps (None: num_time_steps, as in the article): their grid and its animation, and of the first
+    ten the whole reverse process. The pictures go to outputs/, and to windows where there is a
     screen. Raises UserError for a checkpoint or a number that cannot be used."""
     path = Path(checkpoint_path or CHECKPOINT)
     saved = load_checkpoint(path)
@@ -393,24 +385,21 @@ def inference(
     scheduler = DDPM_Scheduler(num_time_steps).to(device)
     set_seed(fresh_seed() if seed == -1 else seed)
 
-    channels, few_steps = saved['unet']['input_channels'], min(DDIM_STEPS, num_time_steps)
-    rank, world = ranks()
-    bar = partial(tqdm, unit='step', disable=rank > 0)
-    times = sampling_times(num_time_steps, num_steps or num_time_steps)
+    times = sampling_times(num_time_steps, num_steps)
     shown = [min(times, key=lambda t: abs(t - s * num_time_steps / 1000)) for s in STRIP_TIMES]
-    x = torch.randn(10, channels, 32, 32, device=device)
+    shown.append(times[-1])
+    kept = sorted({*shown, *times[:: -(-len(times) // 50)]}, reverse=True)  # 50 or so for the GIF
+    rank, world = ranks()
+    x = torch.randn(64, saved['unet']['input_channels'], 32, 32, device=device)
+    x = x.tensor_split(world)[rank]  # each process draws its share
     process = reverse_process(model, x, scheduler, num_steps)
-    process = bar(process, 'Reverse process', total=len(times))
-    kept = {t: x.cpu() for t, x in process if t in [*shown, times[-1]]}
-    strips = torch.stack([kept[t] for t in [*shown, times[-1]]], dim=1)  # (10, 10 times, C, H, W)
-
-    x = torch.randn(64, channels, 32, 32, device=device).tensor_split(world)[rank]
-    process = bar(reverse_process(model, x, scheduler, few_steps), 'Grid of 64', total=few_steps)
-    frames = joined(torch.stack([x.cpu(), *(x.cpu() for _, x in process)]))  # (51, 64, C, H, W)
+    process = tqdm(process, 'Reverse process', len(times), unit='step', disable=rank > 0)
+    frames = joined(torch.stack([x.cpu()] + [x.cpu() for t, x in process if t in kept]))
     if rank > 0:
         return
-    draw_strips(strips, [f't = {t}' for t in shown] + ['$x_0$'])
-    save_grid(strips[:, -1], 'digits.png', columns=5)
+    strips = frames[[1 + kept.index(t) for t in shown], :10]  # (10 times, 10 digits, C, H, W)
+    draw_strips(strips.transpose(0, 1), [f't = {t}' for t in shown[:-1]] + ['$x_0$'])
+    save_grid(strips[-1], 'digits.png', columns=5)
     save_grid(frames[-1], 'grid.png')
     save_animation(frames, 'reverse.gif')
     if has_screen():
@@ -424,7 +413,7 @@ def inference(
 DATASETS = ('MNIST', 'FashionMNIST', 'KMNIST', 'QMNIST', 'CIFAR10', 'FontDigits')
 CHECKPOINT = 'checkpoints/ddpm_checkpoint'
 OUTPUTS = Path('outputs')
-DDIM_STEPS = 50  # of the grids; the strips take as many as inference is asked for
+DDIM_STEPS = 50  # of the grids that show a run's progress
 LONG_RUN = 10_000  # steps from which on compiling the model pays
 STRIP_TIMES = (999, 700, 550, 400, 300, 200, 100, 50, 15)  # of the article's strip, for T = 1000
 UNET_DEFAULTS = {k: p.default for k, p in inspect.signature(UNET).parameters.items()}
@@ -489,12 +478,13 @@ def torchrun():
         dist.destroy_process_group()
 
 
-def fast(model, channels, batch_size, steps):
-    """The model as the training loop calls it: compiled, if so many steps pay for the minute that
-    takes (it is tried out here), and with gradients averaged over the processes. The weights are
-    those of `model`."""
+def fast(model, channels, batch_size, run):
+    """The model as the training loop calls it: compiled, if the run is long enough to pay for the
+    minute that takes (it is tried out here), and with gradients averaged over the processes. The
+    weights are those of `model`."""
     device = next(model.parameters()).device
-    if steps >= LONG_RUN and device.type != 'mps':
+    # run.total, not what is left of it: a run that goes on must compute as it did before
+    if run.done < run.total >= LONG_RUN and device.type != 'mps':
         model.compile()
         try:
             x = torch.zeros(batch_size, channels, 32, 32, device=device)
@@ -946,6 +936,17 @@ def save_grid(x, name, columns=8):
     to_grid(x, columns).save(path)
 
 
+def draw_progress(model, scheduler, run, epoch):
+    """A grid of samples, always from the same noise; none when the run is asked to stop."""
+    device = scheduler.beta.device
+    always = torch.Generator(device).manual_seed(0)
+    noise = torch.randn(64, model.input_channels, 32, 32, generator=always, device=device)
+    for _, x in reverse_process(model, noise, scheduler, min(DDIM_STEPS, len(scheduler.beta))):
+        if run.signals:
+            return
+    save_grid(x, f'progress/{run.path.name}_{epoch:03d}.png')
+
+
 def save_animation(frames, name):
     """frames: a list of (B, C, H, W), from noise to images -> an animated GIF."""
     pictures = [to_grid(x) for x in frames]
@@ -1002,6 +1003,7 @@ FULL = dict(  # the article's run, for a machine with a CUDA GPU
     ema_decay=0.9999,  # the pictures come from the average of the last 10,000 steps or so
     num_time_steps=1000,
     unet=dict(),  # what differs from UNET's defaults
+    lr_decay=False,  # the article's lr stays as it is
     seed=-1,  # draw one; with a number, CUDA is deterministic and slower
     save_minutes=2,  # what kill -9 or a power cut may cost
     sample_every=5,  # epochs between two grids in outputs/progress
@@ -1010,16 +1012,22 @@ PREVIEW = dict(  # the same system made small: five minutes on two CPU cores
     checkpoint_path='checkpoints/preview_checkpoint',
     dataset='MNIST',
     num_epochs=1,
-    batch_size=32,
-    lr=4e-3,
-    ema_decay=0.995,
-    num_time_steps=1000,
-    unet=dict(Channels=[8, 16, 32, 64, 64, 48], Attentions=[False] * 6, num_groups=4),
+    batch_size=16,  # many small steps learn more in the time than few large ones
+    lr=4e-3,  # 6e-3 is on the edge: it diverges with smaller batches
+    lr_decay=True,
+    ema_decay=0.99,
+    num_time_steps=500,  # by then all is noise; what is left of the 1000 teaches little
+    unet=dict(
+        Channels=[8, 16, 32, 64, 64, 48],
+        Attentions=[False] * 6,
+        num_groups=8,
+        dropout_prob=0.0,  # one epoch cannot be overfitted
+    ),
     seed=-1,
     save_minutes=1,
     sample_every=1,
 )
-FULL_STEPS, PREVIEW_STEPS = 1000, 50  # of the reverse process: the article's sampler, DDIM
+NUM_STEPS = None  # of the reverse process: all, as in the article; 50 are quick, by DDIM
 
 
 def full_run_hours(images=60_000):
@@ -1057,9 +1065,9 @@ def main():
                 f'No CUDA GPU here: the full run would take about {full_run_hours():.0f} hours. '
                 + ('As asked.' if full else 'This is the preview; --full asks for the full run.')
             )
-        numbers, num_steps = (FULL, FULL_STEPS) if full else (with_data(PREVIEW), PREVIEW_STEPS)
+        numbers = FULL if full else with_data(PREVIEW)
         train(**numbers)
-        inference(numbers['checkpoint_path'], numbers['num_time_steps'], num_steps=num_steps)
+        inference(numbers['checkpoint_path'], numbers['num_time_steps'], num_steps=NUM_STEPS)
 
 
 def with_data(numbers):

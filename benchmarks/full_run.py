@@ -168,7 +168,7 @@ def ten_digits():
     path, seconds = ddpm.FULL['checkpoint_path'], []
     for _ in range(2):
         start = time.monotonic()
-        ddpm.inference(path, ddpm.FULL['num_time_steps'], num_steps=ddpm.FULL_STEPS)
+        ddpm.inference(path, ddpm.FULL['num_time_steps'], num_steps=ddpm.NUM_STEPS)
         seconds.append(time.monotonic() - start)
     return {'seconds of inference() with all its pictures, first and second time': seconds}
 

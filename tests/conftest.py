@@ -87,7 +87,7 @@ def run_program(folder, edits, *flags, before='', wait=True):
 TINY_PREVIEW = (
     'from conftest import *\n'
     'ddpm.load_images = few_images\n'
-    'ddpm.PREVIEW.update(TINY); ddpm.PREVIEW_STEPS = 4; ddpm.DDIM_STEPS = 4\n'
+    'ddpm.PREVIEW.update(TINY); ddpm.NUM_STEPS = 4; ddpm.DDIM_STEPS = 4\n'
 )
 
 

@@ -50,7 +50,7 @@ def test_without_cuda_it_says_so_estimates_and_previews(tmp_path):
 
 
 def test_full_overrides(tmp_path):
-    edits = TINY_PREVIEW + 'ddpm.FULL.update(TINY, checkpoint_path="full"); ddpm.FULL_STEPS = None'
+    edits = TINY_PREVIEW + 'ddpm.FULL.update(TINY, checkpoint_path="full"); ddpm.NUM_STEPS = None'
     done = run_program(tmp_path, edits, '--full')
     assert done.returncode == 0, done.stderr
     assert (tmp_path / 'full').exists()
@@ -73,7 +73,7 @@ def test_preview_without_data_and_network_draws_fonts_and_says_so(tmp_path):
         'from conftest import *\n'
         f'{NO_NETWORK}'
         'ddpm.font_digits = few_images\n'
-        "ddpm.PREVIEW.update({**TINY, 'dataset': 'MNIST'}); ddpm.PREVIEW_STEPS = 4\n"
+        "ddpm.PREVIEW.update({**TINY, 'dataset': 'MNIST'}); ddpm.NUM_STEPS = 4\n"
     )
     done = run_program(tmp_path, edits, '--preview')
     assert done.returncode == 0, done.stderr
