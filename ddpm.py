@@ -11,6 +11,7 @@ import re
 import signal
 import sys
 import time
+import zipfile
 import zlib
 from contextlib import contextmanager
 from pathlib import Path
@@ -861,6 +862,8 @@ def load_checkpoint(path):
     `optimizer`, `ema`, `unet`, `config`, `losses` (its length is the number of steps done). The
     article's code wrote the first three only. Raises UserError and runs nothing of the file."""
     try:
+        if zipfile.is_zipfile(path) and (part := zipfile.ZipFile(path).testzip()):
+            raise ValueError(f'{part} in it is damaged')
         saved = torch.load(path, map_location='cpu', weights_only=True)
         saved = {'unet': UNET_DEFAULTS, 'config': {}, 'losses': torch.zeros(0), **saved}
         check_numbers(dict(saved['config']))
@@ -1058,6 +1061,7 @@ def main():
     choice.add_argument('--full', action='store_true', help='the full run, also without a GPU')
     choice.add_argument('--preview', action='store_true', help='the preview, also with a GPU')
     args = parser.parse_args()
+    signal.signal(signal.SIGINT, lambda *_: sys.exit(130))  # without a traceback
     with torchrun(), errors_in_one_line():
         full = args.full or (torch.cuda.is_available() and not args.preview)
         if not torch.cuda.is_available() and not args.preview:
@@ -1088,8 +1092,6 @@ def errors_in_one_line():
         yield
     except UserError as error:
         sys.exit(f'ddpm.py: {error}' if ranks()[0] == 0 else 1)
-    except KeyboardInterrupt:
-        sys.exit(130)
     except RuntimeError as error:  # CUDA, MPS and the CPU each have words of their own for it
         if not re.search("out of memory|can't allocate memory", str(error)):
             raise

@@ -32,6 +32,7 @@ TINY = dict(
     num_epochs=2,
     num_time_steps=20,
     lr=1e-3,
+    lr_decay=False,
     ema_decay=0.5,
     seed=1,
     sample_every=0,

@@ -22,12 +22,12 @@ from test_training import assert_identical
 import ddpm
 
 EPOCHS, STEPS = 100, 300  # of the run that is stopped again and again
-EDITS = f'{TINY_PREVIEW}\nddpm.PREVIEW.update(num_epochs={EPOCHS}, save_minutes=0)\n'
+EDITS = f'{TINY_PREVIEW}\nddpm.PREVIEW.update(num_epochs={EPOCHS}, save_minutes=0, lr_decay=True)\n'
 
 # A process that has torch loaded already and forks the program again and again: a start takes
 # milliseconds, and the child that is killed is a process of its own.
 NURSERY = f"""
-import os, signal, sys, time
+import os, signal, sys, time, traceback
 sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]
 import torch
 torch.set_num_threads(1)
@@ -58,16 +58,24 @@ for line in sys.stdin:
             torch.save, os.replace = slow_save, slow_replace
         code = 1
         try:
-            ddpm.main()
-            code = 0
-        except SystemExit as end:
-            if isinstance(end.code, str):
-                print(end.code, file=sys.stderr)
-            else:
-                code = end.code or 0
-        finally:
-            sys.stdout.flush()
-            os._exit(code)
+            try:
+                ddpm.main()
+                code = 0
+            except SystemExit as end:
+                if isinstance(end.code, str):
+                    print(end.code, file=sys.stderr)
+                else:
+                    code = end.code or 0
+        except SystemExit as end:  # Ctrl-C even now, on the way out
+            code = end.code
+        except BaseException:
+            traceback.print_exc()
+        while True:
+            try:
+                sys.stdout.flush()
+                os._exit(code)
+            except SystemExit:
+                pass
     print(child, flush=True)
     _, status = os.waitpid(child, 0)
     print(os.waitstatus_to_exitcode(status), flush=True)
@@ -173,11 +181,13 @@ def test_stopped_at_random_moments(nursery, uninterrupted, tmp_path):
 
 
 def test_a_second_ctrl_c_while_saving(nursery, uninterrupted, tmp_path):
+    path = tmp_path / 'checkpoints/tiny'
     for _ in range(3):
+        before = path.stat().st_ino if path.exists() else None
         child = nursery.start(tmp_path, slow=True)
-        while not (tmp_path / 'checkpoints/tiny').exists():
+        while not path.exists() or path.stat().st_ino == before:  # until it has saved
             time.sleep(0.01)
-        for _ in range(20):  # some are sure to fall into a save, which takes 12 ms
+        for _ in range(5):  # most fall into the next save, which takes 12 ms
             time.sleep(0.002)
             try:
                 os.kill(child, signal.SIGINT)
