@@ -21,7 +21,7 @@ from test_training import assert_identical
 
 import ddpm
 
-EPOCHS, STEPS = 100, 300  # of the run that is stopped again and again
+EPOCHS, STEPS = 50, 150  # of the run that is stopped again and again
 EDITS = f'{TINY_PREVIEW}\nddpm.PREVIEW.update(num_epochs={EPOCHS}, save_minutes=0, lr_decay=True)\n'
 
 # A process that has torch loaded already and forks the program again and again: a start takes
