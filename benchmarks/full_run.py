@@ -21,7 +21,6 @@ import hashlib
 import io
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -43,6 +42,7 @@ import ddpm  # noqa: E402
 
 PARTS = Path('outputs/full_run')
 COMPILED = mock.patch.object(ddpm, 'LONG_RUN', 0)  # as the whole run is, however short
+SPEED = []  # further arguments of speed.py
 LARGEST = 15_000_000  # bytes of a file with weights
 KINDS = {  # of what the device runs, by parts of the names of its kernels
     'attention': ('flash', 'fmha', 'attention', 'softmax'),
@@ -131,7 +131,7 @@ def step_profile(first=20, count=20):
 
 
 def speeds():
-    speed.main(['--output', str(PARTS)])
+    speed.main([*SPEED, '--output', str(PARTS)])
     (path,) = PARTS.glob('speed-*.json')
     return json.loads(path.read_text())
 
@@ -146,11 +146,12 @@ def whole_run(deadline):
     process = subprocess.Popen([*command, '--full'])
     try:
         code = process.wait(max(1, deadline - time.monotonic()))
+        stopped = False
     except subprocess.TimeoutExpired:
         process.send_signal(signal.SIGINT)
-        code = process.wait()
+        code, stopped = process.wait(), True
     so_far.write_text(json.dumps([*seconds, time.monotonic() - start]))
-    if code == 130:
+    if code and stopped:
         raise TimeoutError('the run was stopped, and is saved')
     if code:
         raise RuntimeError(f'ddpm.py ended with {code}')
@@ -259,7 +260,6 @@ def main(arguments=None):
         os.replace(temporary, path)
         bring_up_to_date(args.folder, about)
         print(f'{name}: {time.monotonic() - start:.0f} s', flush=True)
-    shutil.rmtree(PARTS / 'checkpoint.lock', ignore_errors=True)
     return about.get('failed')
 
 
