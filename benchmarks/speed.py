@@ -8,7 +8,8 @@ machine does, and its temperature, falls on all of them alike; a ratio is formed
 its median over the rounds is shown with the smallest and the largest. Prints tables and writes
 benchmarks/results/speed-DEVICE.json.
 
-* ddpm.py trains by `ddpm.train` itself and samples by `ddpm.reverse_process`.
+* ddpm.py trains by `ddpm.train` itself, which on CUDA compiles as for a long run, and samples by
+  `ddpm.reverse_process`.
 * The article's loop is written afresh from its description: float32, a DataLoader with 4 workers,
   tables and time steps on the CPU, `.item()` each step; ten digits one at a time, with the state
   copied to the device and back at each step and attention's dropout left on.
@@ -68,7 +69,7 @@ RESULTS = Path(__file__).parent / 'results'
 DIGITS = 10  # of the article's inference
 WARM = 2  # steps before the clock starts
 SIZES = {  # of the models: the article's and its like, or small ones to try the benchmark itself
-    'full': {'unet': {}, 'width': 64, 'widths': (64, 128, 256, 352), 'long run': 0},  # compiles
+    'full': {'unet': {}, 'width': 64, 'widths': (64, 128, 256, 352), 'long run': 0},
     'small': {
         'unet': dict(
             Channels=[8, 16, 32, 32],
@@ -220,6 +221,7 @@ class Article(Stepwise):
             ema.update(model)
             yield
 
+    @torch.no_grad()
     def sampling(self, num_steps):
         """One step of each of ten digits, one at a time; always the process of 1000 steps."""
         model = copy.deepcopy(self.model).eval().to(self.device)
@@ -227,15 +229,14 @@ class Article(Stepwise):
             if isinstance(module, ddpm.Attention):
                 module.train()  # its dropout is never off
         beta, alpha = self.scheduler.beta, self.scheduler.alpha
-        with torch.no_grad():
-            zs = torch.randn(DIGITS, 1, 1, 32, 32)
-            for t in itertools.cycle(reversed(range(1, 1000))):
-                for i, z in enumerate(zs):
-                    z = z.to(self.device)
-                    scale = beta[t] / (torch.sqrt(1 - alpha[t]) * torch.sqrt(1 - beta[t]))
-                    z = z / torch.sqrt(1 - beta[t]) - scale * model(z, [t]).to(z.device)
-                    zs[i] = z.cpu() + torch.randn(1, 1, 32, 32) * torch.sqrt(beta[t])
-                yield
+        zs = torch.randn(DIGITS, 1, 1, 32, 32)
+        for t in itertools.cycle(reversed(range(1, 1000))):
+            for i, z in enumerate(zs):
+                z = z.to(self.device)
+                scale = beta[t] / (torch.sqrt(1 - alpha[t]) * torch.sqrt(1 - beta[t]))
+                z = z / torch.sqrt(1 - beta[t]) - scale * model(z, [t]).to(z.device)
+                zs[i] = z.cpu() + torch.randn(1, 1, 32, 32) * torch.sqrt(beta[t])
+            yield
 
 
 class Diffusers(Stepwise):
@@ -275,16 +276,16 @@ class Diffusers(Stepwise):
             loss.detach().item()
             yield
 
+    @torch.no_grad()
     def sampling(self, num_steps):
         model = copy.deepcopy(self.model).eval().to(self.device)
         scheduler = (DDPMScheduler if num_steps == 1000 else DDIMScheduler)(1000)
         scheduler.set_timesteps(num_steps)
-        with torch.no_grad():
-            while True:
-                x = torch.randn(DIGITS, 1, 32, 32, device=self.device)
-                for t in scheduler.timesteps:
-                    x = scheduler.step(model(x, t).sample, t, x).prev_sample
-                    yield
+        while True:
+            x = torch.randn(DIGITS, 1, 32, 32, device=self.device)
+            for t in scheduler.timesteps:
+                x = scheduler.step(model(x, t).sample, t, x).prev_sample
+                yield
 
 
 class DenoisingDiffusion(Stepwise):
@@ -312,18 +313,18 @@ class DenoisingDiffusion(Stepwise):
             ema.update()
             yield
 
+    @torch.inference_mode()
     def sampling(self, num_steps):
         diffusion = copy.deepcopy(self.diffusion).eval().to(self.device)
         x, x_0 = torch.randn(DIGITS, 1, 32, 32, device=self.device), None
         times = torch.linspace(999, 0, num_steps).round().long().tolist()
-        with torch.inference_mode():
-            for t in itertools.cycle(times):
-                if num_steps == 1000:
-                    x, x_0 = diffusion.p_sample(x, t, None)
-                else:  # what a step of its ddim_sample computes that takes time
-                    when = torch.full((DIGITS,), t, device=self.device, dtype=torch.long)
-                    diffusion.model_predictions(x, when, None, clip_x_start=True)
-                yield
+        for t in itertools.cycle(times):
+            if num_steps == 1000:
+                x, x_0 = diffusion.p_sample(x, t, None)
+            else:  # what a step of its ddim_sample computes that takes time
+                when = torch.full((DIGITS,), t, device=self.device, dtype=torch.long)
+                diffusion.model_predictions(x, when, None, clip_x_start=True)
+            yield
 
 
 CONTESTANTS = [Ours, Article]
@@ -462,9 +463,9 @@ def curves(size, device, batch_size, steps, seconds):
             continue
         try:
             taken = ours.train(count, steps, side)
-        except RuntimeError as error:
+        except torch.OutOfMemoryError as error:
             print(f'{axis} {value}: {ddpm.reason(error)}')
-            break
+            continue
         expected[axis] = taken / steps / work
         curve[axis][value] = steps * count / taken
     return curve
