@@ -1,16 +1,20 @@
 """What the tests share: a small UNET, a folder of its own for each run, and the program as users
 start it."""
 
+import multiprocessing
 import os
-import subprocess
+import signal
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+ROOT = Path(__file__).parent.parent
 os.environ['MPLBACKEND'] = 'Agg'
 os.environ['OMP_NUM_THREADS'] = '1'  # the tests themselves run side by side
-ROOT = Path(__file__).parent.parent
+os.environ['PYTHONPATH'] = os.pathsep.join([str(ROOT), str(ROOT / 'tests')])  # of what they start
 sys.path[:0] = [str(ROOT), str(ROOT / 'tests')]
 
+import matplotlib.pyplot as plt  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
@@ -54,7 +58,8 @@ def workdir(tmp_path, monkeypatch):
     load_images = ddpm.load_images
     few = few_images()
     monkeypatch.setattr(ddpm, 'load_images', lambda d: few if d == 'Few' else load_images(d))
-    return tmp_path
+    yield tmp_path
+    plt.close('all')
 
 
 @pytest.fixture
@@ -68,21 +73,51 @@ def small_unet(seed=0, **changes):
     return ddpm.UNET(**{**SMALL, **changes}).eval()
 
 
-def run_program(folder, edits, *flags, before='', wait=True):
+# Importing torch takes seconds: a server does it once and forks the programs, each a process of its
+# own, in milliseconds.
+FORKS = multiprocessing.get_context('forkserver')
+FORKS.set_forkserver_preload(['conftest'])
+
+
+def program(folder, edits, flags, environment):
+    """What a forked process does: `python ddpm.py FLAGS`, with its output in two files."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    os.chdir(folder)
+    os.environ.update(environment)
+    for number, name in ((2, 'err'), (1, 'out')):
+        os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+    sys.argv = ['ddpm.py', *flags]
+    exec(edits, {'ddpm': ddpm})
+    try:
+        ddpm.main()
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def start_program(folder, edits, *flags, **environment):
     """`python ddpm.py FLAGS` in a folder, as after an inline edit of the numbers: `edits` are
-    statements run on the module. With wait, the finished process; else the process."""
-    code = (
-        f'import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]\n'
-        f'{before}\nimport ddpm\n{edits}\nddpm.main()\n'
+    statements run on the module. Returns a multiprocessing.Process, under way."""
+    for name in ('out', 'err'):
+        (folder / name).unlink(missing_ok=True)
+    process = FORKS.Process(target=program, args=(folder, edits, flags, environment))
+    process.start()
+    while not (folder / 'out').exists():
+        assert process.is_alive()
+    return process
+
+
+def finish(process, folder):
+    """Waits for a program; its exit code and what it printed."""
+    process.join(180)
+    assert process.exitcode is not None, 'still running'
+    out, err = (folder / name for name in ('out', 'err'))
+    return SimpleNamespace(
+        returncode=process.exitcode, stdout=out.read_text(), stderr=err.read_text()
     )
-    command = [sys.executable, '-c', code, *flags]
-    env = {**os.environ, 'MPLBACKEND': 'Agg', 'OMP_NUM_THREADS': '1'}
-    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    process = subprocess.Popen(command, cwd=folder, env=env, **pipes)
-    if not wait:
-        return process
-    out, err = process.communicate(timeout=180)
-    return subprocess.CompletedProcess(command, process.returncode, out, err)
+
+
+def run_program(folder, edits, *flags):
+    return finish(start_program(folder, edits, *flags), folder)
 
 
 TINY_PREVIEW = (

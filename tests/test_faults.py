@@ -9,30 +9,23 @@ import re
 import resource
 import signal
 import subprocess
-import sys
-import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, TINY, TINY_PREVIEW, run_program
+from conftest import TINY, TINY_PREVIEW, finish, run_program, start_program
 from test_training import assert_identical
 
 import ddpm
 
-EPOCHS, STEPS = 50, 150  # of the run that is stopped again and again
+EPOCHS, STEPS = 30, 90  # of the run that is stopped again and again
 EDITS = f'{TINY_PREVIEW}\nddpm.PREVIEW.update(num_epochs={EPOCHS}, save_minutes=0, lr_decay=True)\n'
 
-# A process that has torch loaded already and forks the program again and again: a start takes
-# milliseconds, and the child that is killed is a process of its own.
-NURSERY = f"""
-import os, signal, sys, time, traceback
-sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]
-import torch
-torch.set_num_threads(1)
-import ddpm
-{EDITS}
+# every save takes 12 ms, so that a stop falls into one now and then
+SLOW = f"""{EDITS}
+import os, time, torch
 ddpm.inference = lambda *a, **k: None
 save, replace = torch.save, os.replace
 
@@ -46,75 +39,17 @@ def slow_replace(a, b):
     replace(a, b)
     time.sleep(0.004)
 
-for line in sys.stdin:
-    slow, folder = line.split()
-    child = os.fork()
-    if child == 0:
-        os.chdir(folder)
-        for number, name in ((1, 'out'), (2, 'err')):
-            os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
-        sys.argv = ['ddpm.py', '--preview']
-        if slow == 'slow':
-            torch.save, os.replace = slow_save, slow_replace
-        code = 1
-        try:
-            try:
-                ddpm.main()
-                code = 0
-            except SystemExit as end:
-                if isinstance(end.code, str):
-                    print(end.code, file=sys.stderr)
-                else:
-                    code = end.code or 0
-        except SystemExit as end:  # Ctrl-C even now, on the way out
-            code = end.code
-        except BaseException:
-            traceback.print_exc()
-        while True:
-            try:
-                sys.stdout.flush()
-                os._exit(code)
-            except SystemExit:
-                pass
-    print(child, flush=True)
-    _, status = os.waitpid(child, 0)
-    print(os.waitstatus_to_exitcode(status), flush=True)
+torch.save, os.replace = slow_save, slow_replace
 """
 
 
-class Nursery:
-    def __init__(self):
-        command = [sys.executable, '-c', NURSERY]
-        pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1)
-        self.process = subprocess.Popen(
-            command, env={**os.environ, 'OMP_NUM_THREADS': '1'}, **pipes
-        )
-
-    def start(self, folder, slow=False):
-        """The process id of the program, started in a folder."""
-        print('slow' if slow else 'fast', folder, file=self.process.stdin, flush=True)
-        return int(self.process.stdout.readline())
-
-    def end(self):
-        """Waits for the program; its exit code, or minus the signal that killed it."""
-        return int(self.process.stdout.readline())
-
-
 @pytest.fixture(scope='module')
-def nursery():
-    nursery = Nursery()
-    yield nursery
-    nursery.process.stdin.close()
-    nursery.process.wait()
-
-
-@pytest.fixture(scope='module')
-def uninterrupted(nursery, tmp_path_factory):
+def uninterrupted(tmp_path_factory):
     """The checkpoint of the run that was never stopped, and the seconds it took."""
     folder = tmp_path_factory.mktemp('uninterrupted')
     begun = time.monotonic()
-    nursery.start(folder, slow=True)
-    assert nursery.end() == 0, (folder / 'err').read_text()
+    done = run_program(folder, SLOW, '--preview')
+    assert done.returncode == 0, done.stderr
     return load(folder), time.monotonic() - begun
 
 
@@ -122,38 +57,43 @@ def load(folder):
     return torch.load(folder / 'checkpoints/tiny', weights_only=True)
 
 
-def stop_at_random_moments(nursery, folder, signals, count, longest, rng):
+def send(process, number):
+    with suppress(ProcessLookupError):  # it may have ended
+        if process.is_alive():
+            os.kill(process.pid, number)
+
+
+def stop_at_random_moments(folder, signals, count, longest, rng):
     """Starts the run over and over, sends it one of the signals after a random time, and when that
-    has happened `count` times lets it go to its end. Returns what is left to look at: exit codes,
-    the steps in the file after each stop, and how many were stopped inside a save."""
-    codes, steps, inside = [], [0], 0
+    has happened `count` times lets it go to its end. Returns what is left to look at: how each
+    start ended, the steps in the file after it, and how many were stopped inside a save."""
+    ends, steps, inside = [], [0], 0
     stops = 0
     while stops < count:
-        child = nursery.start(folder, slow=True)
-        timer = threading.Timer(rng.uniform(0, longest), os.kill, (child, rng.choice(signals)))
-        timer.start()
-        codes.append(nursery.end())
-        timer.cancel()
-        timer.join()
-        stops += codes[-1] != 0
+        process = start_program(folder, SLOW, '--preview')
+        process.join(rng.uniform(0, longest))
+        send(process, rng.choice(signals))
+        ends.append(finish(process, folder))
+        stops += ends[-1].returncode != 0
         inside += (folder / 'checkpoints/tiny.tmp').exists()
         if (folder / 'checkpoints/tiny').exists():
             steps.append(len(load(folder)['losses']))
-            if codes[-1] == 0:  # finished before the stop: once more from the beginning
+            if ends[-1].returncode == 0:  # finished before the stop: once more from the beginning
                 (folder / 'checkpoints/tiny').unlink()
                 steps.append(0)
-    nursery.start(folder)
-    assert nursery.end() == 0, (folder / 'err').read_text()
-    return codes, steps, inside
+    done = run_program(folder, SLOW, '--preview')
+    assert done.returncode == 0, done.stderr
+    return ends, steps, inside
 
 
-def test_killed_at_random_moments(nursery, uninterrupted, tmp_path, request, record_property):
+def test_killed_at_random_moments(uninterrupted, tmp_path, request):
     """kill -9: the file is always whole, never goes back, and the end is bit-identical."""
     reference, seconds = uninterrupted
     rng, kills = random.Random(0), request.config.getoption('--kills')
-    codes, steps, inside = stop_at_random_moments(
-        nursery, tmp_path, [signal.SIGKILL], kills, min(2.0, seconds / 3), rng
+    ends, steps, inside = stop_at_random_moments(
+        tmp_path, [signal.SIGKILL], kills, min(1.5, seconds / 3), rng
     )
+    codes = [end.returncode for end in ends]
     assert codes.count(-signal.SIGKILL) == kills
     assert set(codes) <= {-signal.SIGKILL, 0}
     assert all(a <= b or b == 0 for a, b in zip(steps, steps[1:]))
@@ -163,50 +103,47 @@ def test_killed_at_random_moments(nursery, uninterrupted, tmp_path, request, rec
     print(f'{kills} kills survived, {inside} of them inside a save; 0 bytes differ')
 
 
-def test_stopped_at_random_moments(nursery, uninterrupted, tmp_path):
+def test_stopped_at_random_moments(uninterrupted, tmp_path):
     """Ctrl-C and SIGTERM: saved to the step, said so, gone in time, and bit-identical."""
     reference, seconds = uninterrupted
     stops = [signal.SIGINT, signal.SIGTERM]
-    codes, steps, _ = stop_at_random_moments(
-        nursery, tmp_path, stops, 20, min(2.0, seconds / 3), random.Random(1)
+    ends, steps, _ = stop_at_random_moments(
+        tmp_path, stops, 20, min(1.5, seconds / 3), random.Random(1)
     )
-    # before the run is under way SIGTERM ends it the plain way, and Ctrl-C with 130
-    assert set(codes) <= {130, 143, -signal.SIGTERM, 0}
-    assert {130, 143} <= set(codes)
-    said = re.findall(r'Stopped after (\d+) epochs and (\d+) steps', (tmp_path / 'out').read_text())
-    assert {int(e) * 3 + int(s) for e, s in said} <= set(steps)
-    assert 'Traceback' not in (tmp_path / 'err').read_text()
+    codes = {end.returncode for end in ends}
+    # a signal before main() or in its first lines ends the program the plain way
+    assert {130, 143} <= codes <= {130, 143, -signal.SIGINT, -signal.SIGTERM, 0}
+    out = ''.join(end.stdout for end in ends)
+    said = re.findall(r'Stopped after (\d+) epochs and (\d+) steps', out)
+    assert said and {int(e) * 3 + int(s) for e, s in said} <= set(steps)
+    assert not any('Traceback' in end.stderr for end in ends)
     assert_identical(load(tmp_path), reference)
     assert sorted(os.listdir(tmp_path / 'checkpoints')) == ['tiny']
 
 
-def test_a_second_ctrl_c_while_saving(nursery, uninterrupted, tmp_path):
+def test_a_second_ctrl_c_while_saving(uninterrupted, tmp_path):
     path = tmp_path / 'checkpoints/tiny'
     for _ in range(3):
         before = path.stat().st_ino if path.exists() else None
-        child = nursery.start(tmp_path, slow=True)
+        process = start_program(tmp_path, SLOW, '--preview')
         while not path.exists() or path.stat().st_ino == before:  # until it has saved
             time.sleep(0.01)
         for _ in range(5):  # most fall into the next save, which takes 12 ms
             time.sleep(0.002)
-            try:
-                os.kill(child, signal.SIGINT)
-            except ProcessLookupError:
-                break
-        assert nursery.end() == 130
+            send(process, signal.SIGINT)
+        assert finish(process, tmp_path).returncode == 130
         load(tmp_path)
-    nursery.start(tmp_path)
-    assert nursery.end() == 0
+    assert run_program(tmp_path, SLOW, '--preview').returncode == 0
     assert_identical(load(tmp_path), uninterrupted[0])
 
 
 def test_two_runs_on_one_checkpoint(tmp_path):
     slow = 'import time\nloss = ddpm.diffusion_loss\n'
     slow += 'ddpm.diffusion_loss = lambda *a: time.sleep(0.2) or loss(*a)\n'
-    first = run_program(tmp_path, EDITS + slow, '--preview', wait=False)
+    first = start_program(tmp_path, EDITS + slow, '--preview')
     try:
         while not (tmp_path / 'checkpoints/tiny').exists():
-            assert first.poll() is None
+            assert first.is_alive()
             time.sleep(0.05)
         second = run_program(tmp_path, EDITS, '--preview')
         assert second.returncode == 1
@@ -214,10 +151,10 @@ def test_two_runs_on_one_checkpoint(tmp_path):
         assert last.startswith('ddpm.py: another run is using checkpoints/tiny')
         other = EDITS + 'ddpm.PREVIEW.update(checkpoint_path="checkpoints/other", num_epochs=1)'
         assert run_program(tmp_path, other, '--preview').returncode == 0
-        assert first.poll() is None
+        assert first.is_alive()
     finally:
         first.kill()
-        first.communicate()
+        first.join()
     # the claim of a dead process does not block
     assert (tmp_path / 'checkpoints/tiny.lock').exists()
     done = run_program(tmp_path, f'{EDITS}ddpm.PREVIEW["num_epochs"] = 3', '--preview')

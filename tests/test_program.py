@@ -150,7 +150,6 @@ def test_a_window_where_there_is_a_screen(workdir, monkeypatch):
     monkeypatch.setattr(plt, 'show', lambda: windows.extend(plt.get_fignums()))
     ddpm.inference('checkpoints/tiny', num_time_steps=20, num_steps=3)
     assert windows
-    plt.close('all')
 
 
 def test_the_module_imports_only_what_the_card_lists():

@@ -65,6 +65,12 @@ def test_pace_times_only_what_was_asked_for(monkeypatch):
 
 def test_the_whole_benchmark(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(speed, 'CONTESTANTS', [speed.Ours, speed.Article])
+    measure = speed.in_another_process  # one process is enough to wait for
+
+    def once(function, name, *others):
+        return measure(function, name, *others) if name == speed.Ours.name else 0.2
+
+    monkeypatch.setattr(speed, 'in_another_process', once)
     speed.main(
         '--batch 2 --rounds 1 --steps 1 --sampling-steps 1 --seconds 0.5 --size small '
         f'--output {tmp_path}'.split()
