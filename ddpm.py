@@ -26,6 +26,7 @@ import re
 import signal
 import sys
 import time
+import warnings
 import zipfile
 import zlib
 from contextlib import contextmanager
@@ -732,9 +733,10 @@ class Run:
     def __exit__(self, *_):
         for signum, handler in self.handlers.items():
             signal.signal(signum, handler)
-        if self.lock and fcntl:
-            os.unlink(self.lock.name)
-        self.lock = None
+        if self.lock:
+            if fcntl:
+                os.unlink(self.lock.name)
+            self.lock.close()
 
     def settle(self, unet, steps):
         """Reads the checkpoint, if there is one, and compares its numbers with this run's. Returns
@@ -882,7 +884,9 @@ def load_checkpoint(path):
     try:
         if zipfile.is_zipfile(path) and (part := zipfile.ZipFile(path).testzip()):
             raise ValueError(f'{part} in it is damaged')
-        saved = torch.load(path, map_location='cpu', weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')  # about unusual pickles: the error below says enough
+            saved = torch.load(path, map_location='cpu', weights_only=True)
         saved = {'unet': UNET_DEFAULTS, 'config': {}, 'losses': torch.zeros(0), **saved}
         check_numbers(dict(saved['config']))
         check_tensors(saved)
