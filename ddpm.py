@@ -260,6 +260,7 @@ def train(
     save_minutes: float = 2,
     sample_every: int = 5,
     lr_decay: bool = False,
+    beta2: float = 0.999,
 ):
     """Algorithm 1 of the paper, until num_epochs epochs are done in all.
 
@@ -268,7 +269,8 @@ def train(
     or SIGTERM. seed -1 draws one. dataset is one of DATASETS. unet holds the arguments of UNET
     that differ from its defaults. Every sample_every epochs (0: never) a grid of samples, always
     from the same noise, goes to outputs/progress. With lr_decay the learning rate rises to lr over
-    the first 3% of the run and falls linearly to 0 at its end; the article's stays the same.
+    the first 3% of the run and falls linearly to 0 at its end; the article's stays the same. beta2
+    is Adam's: how slowly it forgets the size of the gradients.
 
     Raises UserError (a ValueError) for a number out of range, data or a checkpoint that cannot be
     used, and a loss that is not finite; SystemExit(128 + signal) when stopped, once saved.
@@ -292,7 +294,8 @@ def train(
         choose_kernels(device, repeatable=fixed)
         model = UNET(**unet).to(device, memory_format=torch.channels_last)
         scheduler = DDPM_Scheduler(num_time_steps).to(device)
-        optimizer = torch.optim.Adam(model.parameters(), lr=lr, fused=device.type != 'mps')
+        fused = device.type != 'mps'
+        optimizer = torch.optim.Adam(model.parameters(), lr=lr, betas=(0.9, beta2), fused=fused)
         ema = ModelEmaV3(model, decay=ema_decay)
         run.restore(model, optimizer, ema)
         fast_model = fast(model, images.shape[1], batch_size // world, run)
@@ -442,6 +445,7 @@ NUMBERS = {  # what may be asked of train: type, least, most
     'seed': (int, -1, 2**32 - 1),
     'ema_decay': (float, 0, 1),
     'lr': (float, 0, 1),
+    'beta2': (float, 0, 0.999999),
     'save_minutes': (float, 0, math.inf),
     'sample_every': (int, 0, math.inf),
 }
@@ -1029,6 +1033,7 @@ FULL = dict(  # the article's run, for a machine with a CUDA GPU
     num_time_steps=1000,
     unet=dict(),  # what differs from UNET's defaults
     lr_decay=False,  # the article's lr stays as it is
+    beta2=0.999,  # torch's default
     seed=-1,  # draw one; with a number, CUDA is deterministic and slower
     save_minutes=2,  # what kill -9 or a power cut may cost
     sample_every=5,  # epochs between two grids in outputs/progress
@@ -1038,8 +1043,9 @@ PREVIEW = dict(  # the same system made small: five minutes on two CPU cores
     dataset='MNIST',
     num_epochs=1,
     batch_size=16,  # many small steps learn more in the time than few large ones
-    lr=4e-3,  # 6e-3 is on the edge: it diverges with smaller batches
+    lr=5e-3,  # 8e-3 diverges
     lr_decay=True,
+    beta2=0.95,  # as good as 0.999 after half as many steps again
     ema_decay=0.99,
     num_time_steps=500,  # by then all is noise; what is left of the 1000 teaches little
     unet=dict(

@@ -212,11 +212,12 @@ def test_a_finished_run_trains_no_more(workdir):
 
 def test_changed_numbers_are_taken_up_and_said(workdir, capsys):
     ddpm.train(**{**TINY, 'num_epochs': 1})
-    ddpm.train(**{**TINY, 'lr': 1e-4, 'ema_decay': 0.75})
+    ddpm.train(**{**TINY, 'lr': 1e-4, 'ema_decay': 0.75, 'beta2': 0.95})
     out = capsys.readouterr().out
     assert 'lr was 0.001, is 0.0001 from here on' in out
     assert 'ema_decay was 0.5, is 0.75 from here on' in out
-    assert load()['optimizer']['param_groups'][0]['lr'] == 1e-4
+    group = load()['optimizer']['param_groups'][0]
+    assert group['lr'] == 1e-4 and group['betas'] == (0.9, 0.95)
     assert len(load()['losses']) == 6
 
 
