@@ -1,24 +1,29 @@
 """The measured full run: everything that a machine with a GPU has to tell, by one command.
 
     python benchmarks/full_run.py FOLDER [--minutes 9.5] [--weights]
+    python benchmarks/full_run.py --export CHECKPOINT FILE
 
 Does one part after the other: two epochs (start-up, seconds an epoch, memory), where a step's time
-goes, speed beside others, the whole run of FULL, the ten digits, their quality in 1000 and in 50
-steps, and in the end, with --weights, the EMA weights. Each part is written to outputs/full_run/
-as it finishes, and FOLDER is brought up to date after each: results.json with the figures of all
-parts, pictures.zip with what `ddpm.py` drew. Called again it goes on where it stopped, also in the
-middle of training: when --minutes are over it stops the run as Ctrl-C would. A part whose packages
-are not installed is skipped, with a line that says so; another failure is noted in results.json.
+goes, speed beside others, how large attention's queries and keys grow, the CHOICES not yet made,
+the whole run of FULL, the ten digits, their quality in 1000 and in 50 steps, the queries and keys
+of the trained weights and in the end, with --weights, those weights. Each part is written to
+outputs/full_run/ as it finishes, and FOLDER is brought up to date after each: results.json with the
+figures of all parts, pictures.zip with what `ddpm.py` drew. Called again it goes on where it
+stopped, also in the middle of training: when --minutes are over it stops the run as Ctrl-C would. A
+part whose packages are not installed is skipped, with a line that says so; another failure is noted
+in results.json.
 
-The weights are in half precision, in files of at most 15 MB; manifest.json names them in order,
-with their SHA-256. Joined, they are what torch.load reads.
+--export writes what is needed to draw, the EMA weights in half precision, to a file that
+`ddpm.py --sample FILE` takes. --weights does the same, in pieces of at most 15 MB; manifest.json
+names them in order, with their SHA-256. Joined, they are that file.
 """
 
 import argparse
 import contextlib
 import datetime
+import gc
 import hashlib
-import io
+import itertools
 import json
 import os
 import signal
@@ -27,6 +32,7 @@ import sys
 import time
 import traceback
 import zipfile
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from unittest import mock
@@ -42,6 +48,8 @@ import ddpm  # noqa: E402
 
 PARTS = Path('outputs/full_run')
 COMPILED = mock.patch.object(ddpm, 'LONG_RUN', 0)  # as the whole run is, however short
+PLAIN = mock.patch.object(ddpm, 'LONG_RUN', float('inf'))  # so that modules can be looked into
+BACKEND = 'inductor'  # of torch.compile
 SPEED = []  # further arguments of speed.py
 LARGEST = 15_000_000  # bytes of a file with weights
 KINDS = {  # of what the device runs, by parts of the names of its kernels
@@ -56,21 +64,21 @@ KINDS = {  # of what the device runs, by parts of the names of its kernels
 }
 
 
-def train_and_watch(epochs, watch=lambda run: None):
+def train_and_watch(epochs, watch=lambda run: None, compiled=COMPILED):
     """ddpm.train with the numbers of FULL, for some epochs, on a checkpoint of its own. Returns the
     time at which each step was asked for, the first entry being that of the call."""
-    record, clock = ddpm.Run.record, [time.monotonic()]
+    step_done, clock = ddpm.Run.step_done, [time.monotonic()]
 
-    def record_and_watch(run, loss):
-        record(run, loss)
-        if (run.done - 1) % run.steps in (0, run.steps - 1):
+    def watched(run, loss):
+        if run.done % run.steps in (0, run.steps - 1):
             speed.now(loss.device)
-        clock.append(time.monotonic())
+        clock.append(time.monotonic())  # before the last step is saved
+        step_done(run, loss)
         watch(run)
 
     path = PARTS / 'checkpoint'
     numbers = {**ddpm.FULL, 'num_epochs': epochs, 'sample_every': 0, 'checkpoint_path': str(path)}
-    with mock.patch.object(ddpm.Run, 'record', record_and_watch), COMPILED:
+    with mock.patch.object(ddpm.Run, 'step_done', watched), compiled:
         ddpm.train(**numbers)
     path.unlink()
     return clock
@@ -136,6 +144,229 @@ def speeds():
     return json.loads(path.read_text())
 
 
+# ---- Attention has no norm: how large do its queries and keys grow? float16 ends at 65504 ------
+
+
+class LargestOfAttention:
+    """Watches the |q| and |k| of the attention layers of a UNET, without waiting for the device."""
+
+    def __init__(self, model):
+        self.largest = {}
+        for name, module in model.named_modules():
+            if isinstance(module, ddpm.Attention):
+                module.proj1.register_forward_hook(partial(self.look, name))
+
+    def look(self, name, module, _, output):
+        # (B, L, 3C), its last axis laid out as (C_head, head, qkv)
+        now = output.detach().abs().float().unflatten(-1, (-1, 3)).amax((0, 1, 2))  # (3,)
+        then = self.largest.get(name, torch.zeros_like(now))
+        self.largest[name] = torch.maximum(then, now)
+
+    def figures(self):
+        return {name: dict(zip('qk', both.tolist())) for name, both in self.largest.items()}
+
+
+def attention_in_training(epochs=1):
+    """Of the first epochs, in eager mode."""
+    watchers, unet = [], ddpm.UNET
+
+    def watched_unet(**arguments):
+        model = unet(**arguments)
+        if next(model.parameters()).device.type != 'meta':  # not where shapes are checked
+            watchers.append(LargestOfAttention(model))
+        return model
+
+    with mock.patch.object(ddpm, 'UNET', watched_unet):
+        train_and_watch(epochs, compiled=PLAIN)
+    return {'largest of each layer': watchers[0].figures(), 'epochs': epochs}
+
+
+def attention_of_the_weights(batches=20):
+    """Of the trained weights, on noised images, dropout off."""
+    saved, device = ddpm.load_checkpoint(ddpm.FULL['checkpoint_path']), ddpm.best_device()
+    images, found = ddpm.load_images(ddpm.FULL['dataset']), {}
+    for part in ('weights', 'ema'):
+        model = ddpm.UNET(**saved['unet']).eval()
+        model.load_state_dict({k.removeprefix('module.'): v for k, v in saved[part].items()})
+        trainer = Trainer(ddpm.to_device(model, device), images, ddpm.FULL['batch_size'])
+        watcher = LargestOfAttention(model)
+        with torch.no_grad():
+            for _ in range(batches):
+                trainer.loss()
+        found[part] = watcher.figures()
+    return found
+
+
+# ---- The choices not yet made: each alone, behind its name in CHOICES ---------------------------
+
+
+class Trainer:
+    """A step of ddpm.train, in pieces that can be compiled or captured."""
+
+    def __init__(self, model, images, batch_size, capturable=False):
+        self.model, self.batch_size = model, batch_size
+        self.device = next(model.parameters()).device
+        self.images = images.to(self.device)
+        self.scheduler = ddpm.DDPM_Scheduler(model.time_steps).to(self.device)
+        numbers = dict(lr=ddpm.FULL['lr'], fused=True, capturable=capturable)
+        self.optimizer = torch.optim.Adam(model.parameters(), **numbers)
+        ema = ddpm.ModelEmaV3(model, decay=ddpm.FULL['ema_decay'])
+        # as lists, since ModelEmaV3.update does not compile
+        self.weights, self.averages = ([*m.parameters()] for m in (model, ema.module))
+
+    def loss(self):
+        """Gather, noise and the forward pass."""
+        chosen = torch.randint(len(self.images), (self.batch_size,), device=self.device)
+        x = ddpm.to_input(self.images[chosen])  # (B, C, H, W)
+        t = torch.randint(self.model.time_steps, (self.batch_size,), device=self.device)
+        return ddpm.diffusion_loss(self.model, self.scheduler, x, t, torch.randn_like(x))
+
+    def update(self):
+        self.optimizer.step()
+        with torch.no_grad():
+            torch._foreach_lerp_(self.averages, self.weights, 1 - ddpm.FULL['ema_decay'])
+
+    def step(self):
+        self.optimizer.zero_grad()
+        loss = self.loss()
+        loss.backward()
+        self.update()
+        return loss.detach()
+
+
+def compiled(function, **options):
+    return torch.compile(function, backend=BACKEND, **options)
+
+
+def captured(function, device):
+    """The same as one CUDA graph; on a CPU as it is."""
+    if device.type != 'cuda':
+        return function
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            function()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = function()
+
+    def replay():
+        graph.replay()
+        return result
+
+    return replay
+
+
+def step_of(model, images, batch_size, pieces='', capture=False, **options):
+    """A training step: of the model, loss and update, those named in pieces are compiled."""
+    trainer = Trainer(model, images, batch_size, capturable=capture and images.is_cuda)
+    if 'model' in pieces:
+        model.compile(backend=BACKEND, **options)
+    if 'loss' in pieces:
+        trainer.loss = compiled(trainer.loss, **options)
+    if 'update' in pieces:
+        trainer.update = compiled(trainer.update)
+
+    def step():
+        torch.compiler.cudagraph_mark_step_begin()
+        return trainer.step()
+
+    return captured(trainer.step, images.device) if capture else step
+
+
+class Sampler:
+    """Algorithm 2 for ten digits, a step at a time, in place: what a CUDA graph can hold."""
+
+    def __init__(self, model, images, count=10):
+        self.model, device = model.eval(), images.device
+        self.scheduler = ddpm.DDPM_Scheduler(model.time_steps).to(device)
+        self.x = torch.randn(count, *ddpm.to_input(images[:1]).shape[1:], device=device)
+        self.t = torch.full((1,), model.time_steps - 1, device=device)  # (1,)
+
+    def step(self):
+        beta, abar = self.scheduler(self.t)
+        with ddpm.autocast(self.x.device):
+            eps = self.model(self.x, self.t).float()
+        x = (self.x - beta / (1 - abar).sqrt() * eps) / (1 - beta).sqrt()
+        self.x.copy_(torch.where(self.t > 0, x + beta.sqrt() * torch.randn_like(x), x))
+        self.t.sub_(1).remainder_(self.model.time_steps)  # after the last step the first again
+        return self.x
+
+
+def sampling_of(model, images, batch_size, pieces='', capture=False, **options):
+    """A step of the reverse process of ten digits."""
+    sampler = Sampler(model, images)
+    if 'model' in pieces:
+        model.compile(backend=BACKEND, **options)
+    with torch.inference_mode():
+        step = captured(sampler.step, images.device) if capture else sampler.step
+
+    @torch.inference_mode()
+    def stepped():
+        torch.compiler.cudagraph_mark_step_begin()
+        return step()
+
+    return stepped
+
+
+CHOICES = {
+    'training: plain': step_of,
+    'training: as in ddpm.py': partial(step_of, pieces='model'),
+    'training: max-autotune': partial(step_of, pieces='model', mode='max-autotune-no-cudagraphs'),
+    'training: reduce-overhead': partial(step_of, pieces='model', mode='reduce-overhead'),
+    'training: gather and noise compiled too': partial(step_of, pieces='loss'),
+    'training: all compiled, with optimizer and EMA': partial(step_of, pieces='loss update'),
+    'training: one CUDA graph': partial(step_of, capture=True),
+    'training: all compiled, one CUDA graph': partial(step_of, pieces='loss update', capture=True),
+    'ten digits: as in ddpm.py': sampling_of,
+    'ten digits: compiled': partial(sampling_of, pieces='model'),
+    'ten digits: one CUDA graph': partial(sampling_of, capture=True),
+    'ten digits: compiled, one CUDA graph': partial(sampling_of, pieces='model', capture=True),
+}
+
+
+def tried(choice, unet, images, count):
+    """Milliseconds a step, memory, and seconds until the first step is done."""
+    device, start = images.device, time.monotonic()
+    torch.manual_seed(0)
+    model = ddpm.to_device(ddpm.UNET(**unet), device)
+    step = choice(model, images, ddpm.FULL['batch_size'])
+    step()
+    speed.now(device)
+    first = time.monotonic() - start
+    steps = (step() for _ in itertools.count())
+    seconds = speed.pace(steps, count, device, warm=min(10, count))
+    figures = {'milliseconds a step': seconds / count * 1e3, 'seconds to the first': first}
+    if device.type == 'cuda':  # of a CPU only the peak of the whole process is known
+        figures['peak memory, GB'] = torch.cuda.max_memory_allocated() / 1e9
+    return figures
+
+
+def choices(count=200):
+    """Every choice for itself; one that fails has decided itself."""
+    device, found = ddpm.best_device(), {}
+    images = ddpm.load_images(ddpm.FULL['dataset']).to(device)
+    unet = ddpm.unet_arguments(ddpm.FULL['unet'], images.shape[1], ddpm.FULL['num_time_steps'])
+    ddpm.choose_kernels(device, repeatable=False)
+    for name, choice in CHOICES.items():
+        torch.compiler.reset()
+        gc.collect()
+        if device.type == 'cuda':
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        try:
+            found[name] = tried(choice, unet, images, count)
+        except Exception as error:
+            found[name] = {'failed': f'{type(error).__name__}: {ddpm.reason(error)}'}
+        print(name, found[name], flush=True)
+    return found
+
+
+# ---- The whole run, and what comes of it --------------------------------------------------------
+
+
 def whole_run(deadline):
     """`python ddpm.py --full`, which resumes and, at the deadline, is stopped as by Ctrl-C."""
     so_far = PARTS / 'seconds.json'
@@ -169,7 +400,7 @@ def ten_digits():
     path, seconds = ddpm.FULL['checkpoint_path'], []
     for _ in range(2):
         start = time.monotonic()
-        ddpm.inference(path, ddpm.FULL['num_time_steps'], num_steps=ddpm.NUM_STEPS)
+        ddpm.inference(path, num_images=10, folder=PARTS / 'ten_digits')
         seconds.append(time.monotonic() - start)
     return {'seconds of inference() with all its pictures, first and second time': seconds}
 
@@ -184,12 +415,19 @@ def quality_in(steps, samples):
     return json.loads((PARTS / f'quality-{Path(path).name}-{steps}.json').read_text())
 
 
+def export(checkpoint, file):
+    """Writes the EMA weights in half precision, with what is needed to draw from them."""
+    saved = ddpm.load_checkpoint(checkpoint)
+    ema = {name: value.half() for name, value in saved['ema'].items()}
+    torch.save({'unet': saved['unet'], 'ema': ema, 'config': saved['config']}, file)
+    ddpm.load_checkpoint(file)  # raises UserError where a weight is too large for half precision
+
+
 def weights(folder):
-    """The EMA weights in half precision, in several files."""
-    saved, buffer = ddpm.load_checkpoint(ddpm.FULL['checkpoint_path']), io.BytesIO()
-    ema = {k.removeprefix('module.'): v.half() for k, v in saved['ema'].items()}
-    torch.save({'unet': saved['unet'], 'ema': ema}, buffer)
-    content, manifest = buffer.getvalue(), {}
+    """The exported weights, in several files."""
+    whole, manifest = PARTS / 'weights', {}
+    export(ddpm.FULL['checkpoint_path'], whole)
+    content = whole.read_bytes()
     for i in range(0, len(content), LARGEST):
         name, piece = f'weights-{i // LARGEST}.bin', content[i : i + LARGEST]
         (folder / name).write_bytes(piece)
@@ -210,11 +448,20 @@ def bring_up_to_date(folder, about):
 
 def main(arguments=None):
     parser = argparse.ArgumentParser(description='Measures the full run of ddpm.py.')
-    parser.add_argument('folder', type=Path, help='for what it brings back')
+    parser.add_argument('folder', type=Path, nargs='?', help='for what it brings back')
+    what = 'only write the weights to draw from'
+    parser.add_argument('--export', nargs=2, metavar=('CHECKPOINT', 'FILE'), help=what)
     parser.add_argument('--minutes', type=float, default=9.5, help='when to stop training')
     parser.add_argument('--samples', type=int, default=10_000, help='for the quality')
     parser.add_argument('--weights', action='store_true', help='bring back the weights too')
     args = parser.parse_args(arguments)
+    if args.export:
+        try:
+            return export(*args.export)
+        except (ddpm.UserError, OSError) as error:
+            sys.exit(f'full_run.py: {error}')
+    if args.folder is None:
+        parser.error('FOLDER or --export CHECKPOINT FILE')
     deadline = time.monotonic() + 60 * args.minutes
     cuda = torch.cuda.is_available()
     about = {
@@ -223,16 +470,19 @@ def main(arguments=None):
         'versions': {package: version(package) for package in ('torch', 'torchvision', 'timm')},
     }
     parts = {
-        'part-1-two-epochs': two_epochs,
-        'part-2-profile': step_profile,
-        'part-3-speed': speeds,
-        'part-4-whole-run': lambda: whole_run(deadline),
-        'part-5-ten-digits': ten_digits,
-        'part-6-quality-1000': lambda: quality_in(ddpm.FULL['num_time_steps'], args.samples),
-        'part-7-quality-50': lambda: quality_in(ddpm.DDIM_STEPS, args.samples),
+        'part-01-two-epochs': two_epochs,
+        'part-02-profile': step_profile,
+        'part-03-speed': speeds,
+        'part-04-attention': attention_in_training,
+        'part-05-choices': choices,
+        'part-06-whole-run': lambda: whole_run(deadline),
+        'part-07-ten-digits': ten_digits,
+        'part-08-quality-1000': lambda: quality_in(ddpm.FULL['num_time_steps'], args.samples),
+        'part-09-quality-50': lambda: quality_in(ddpm.DDIM_STEPS, args.samples),
+        'part-10-attention-trained': attention_of_the_weights,
     }
     if args.weights:
-        parts['part-8-weights'] = lambda: weights(args.folder)
+        parts['part-11-weights'] = lambda: weights(args.folder)
     for folder in (args.folder, PARTS):
         folder.mkdir(parents=True, exist_ok=True)
     for name, part in parts.items():

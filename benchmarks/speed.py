@@ -8,7 +8,7 @@ machine does, and its temperature, falls on all of them alike; a ratio is formed
 its median over the rounds is shown with the smallest and the largest. Prints tables and writes
 benchmarks/results/speed-DEVICE.json.
 
-* ddpm.py trains by `ddpm.train` itself, which on CUDA compiles as for a long run, and samples by
+* ddpm.py trains by `ddpm.train` itself, compiled as for a long run, and samples by
   `ddpm.reverse_process`.
 * The article's loop is written afresh from its description: float32, a DataLoader with 4 workers,
   tables and time steps on the CPU, `.item()` each step; ten digits one at a time, with the state
@@ -18,10 +18,10 @@ benchmarks/results/speed-DEVICE.json.
 * denoising-diffusion-pytorch: its Unet(64) and GaussianDiffusion with what its Trainer does each
   step (Adam, gradients clipped to 1, its EMA every 10 steps); full precision is its default.
 
-All see the same digits, drawn from fonts: what they show does not matter here. FLOPs are counted
-by torch's FlopCounterMode on one image forward and backward; a multiply-add counts two. Each step
-of the reverse process costs the same, so a few steps are timed and multiplied where a whole
-process would take too long; the table says how many.
+Of ddpm.py's images only the size matters here, and they are noise; the others load MNIST's. FLOPs
+are counted by torch's FlopCounterMode on one image forward and backward; a multiply-add counts two.
+Each step of the reverse process costs the same, so a few steps are timed and multiplied where a
+whole process would take too long; the table says how many.
 """
 
 import argparse
@@ -85,22 +85,22 @@ SIZES = {  # of the models: the article's and its like, or small ones to try the
 }
 
 
-class FontDigits(Dataset):
-    """60,000 digits as torchvision's MNIST gives them: a PIL picture made into a tensor."""
+class Digits(Dataset):
+    """MNIST as torchvision gives it: a PIL picture made into a tensor."""
 
     def __init__(self):
-        self.images = ddpm.font_digits(600)
+        self.images = ddpm.load_images('MNIST')
 
     def __len__(self):
-        return 60_000
+        return len(self.images)
 
     def __getitem__(self, i):
-        return to_tensor(to_pil_image(self.images[i % len(self.images)]))
+        return to_tensor(to_pil_image(self.images[i]))
 
 
 def batches(batch_size, workers=4):
     """Endless shuffled batches (B, 1, 28, 28) in [0, 1], from workers as in the article."""
-    loader = DataLoader(FontDigits(), batch_size, True, num_workers=workers, drop_last=True)
+    loader = DataLoader(Digits(), batch_size, True, num_workers=workers, drop_last=True)
     return itertools.chain.from_iterable(itertools.repeat(loader))
 
 
@@ -124,20 +124,19 @@ class Ours:
     def train(self, batch_size, steps, side=28):
         """Seconds that `steps` steps of ddpm.train take, after WARM others."""
         images = torch.randint(256, ((steps + WARM) * batch_size, 1, side, side))
-        record, clock = ddpm.Run.record, []
+        step_done, clock = ddpm.Run.step_done, []
 
-        def record_and_time(run, loss):
-            record(run, loss)
-            if run.done in (WARM, WARM + steps):
+        def timed(run, loss):
+            if run.done + 1 in (WARM, WARM + steps):  # before the last step is saved
                 clock.append(now(self.device))
+            step_done(run, loss)
 
-        def load_images(_):
+        def load_images(*_):
             return images.to(torch.uint8)
 
         with (
-            mock.patch.object(ddpm.Run, 'record', record_and_time),
+            mock.patch.object(ddpm.Run, 'step_done', timed),
             mock.patch.object(ddpm, 'load_images', load_images),
-            mock.patch.object(ddpm, 'to_input', lambda x: whole(x.float() / 255)),
             mock.patch.object(ddpm, 'LONG_RUN', self.size['long run']),
             mock.patch.object(ddpm, 'save_checkpoint'),
             mock.patch.object(ddpm, 'draw_losses'),
@@ -155,7 +154,7 @@ class Ours:
         return clock[1] - clock[0]
 
     def sampling(self, num_steps):
-        model = self.model.to(self.device, memory_format=torch.channels_last)
+        model = ddpm.to_device(self.model, self.device)
         scheduler = ddpm.DDPM_Scheduler().to(self.device)
         while True:
             x = torch.randn(DIGITS, 1, 32, 32, device=self.device)
@@ -337,11 +336,6 @@ CONTESTANTS += [DenoisingDiffusion] if Unet else []
 # ==============================================================================================
 
 
-def whole(x, side=32):
-    """Padded to 32 x 32 as ddpm.to_input does it; larger images stay as they are."""
-    return F.pad(x, [(side - x.shape[-1]) // 2] * 4) if x.shape[-1] < side else x
-
-
 def now(device):
     """The time in seconds, once the device has done all that it was asked to."""
     if device.type == 'cuda':
@@ -373,10 +367,10 @@ def gflop_of_image(contestant):
 
 
 def matrix_rate(device):
-    """TFLOP/s of the product of two square matrices, in bfloat16 where ddpm.py would use it."""
+    """TFLOP/s of the product of two square matrices, in 16 bits where ddpm.py would use them."""
     n, repeats = (8192, 20) if device.type == 'cuda' else (2048, 5)
     a = torch.randn(n, n, device=device)
-    a = a.bfloat16() if ddpm.has_bf16(device) else a
+    a = a.to(ddpm.half_precision(device) or torch.float32)
 
     def products():
         while True:

@@ -1,6 +1,7 @@
-"""What the tests share: a small UNET, a folder of its own for each run, and the program as users
-start it."""
+"""What the tests share: a few digits, a small UNET, a folder of its own for each run, and the
+program as users start it."""
 
+import gzip
 import multiprocessing
 import os
 import signal
@@ -13,6 +14,7 @@ os.environ['MPLBACKEND'] = 'Agg'
 os.environ['OMP_NUM_THREADS'] = '1'  # the tests themselves run side by side
 os.environ['PYTHONPATH'] = os.pathsep.join([str(ROOT), str(ROOT / 'tests')])  # of what they start
 sys.path[:0] = [str(ROOT), str(ROOT / 'tests')]
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
 
 import matplotlib.pyplot as plt  # noqa: E402
 import pytest  # noqa: E402
@@ -27,7 +29,7 @@ SMALL = dict(
     num_groups=4,
     num_heads=2,
 )
-# `train` on font digits in a second or two
+# `train` on twelve digits in a second or two
 TINY = dict(
     checkpoint_path='checkpoints/tiny',
     dataset='Few',
@@ -43,21 +45,27 @@ TINY = dict(
 )
 
 
-FONT_DIGITS = ddpm.font_digits
+with gzip.open(ROOT / 'data/MNIST/raw/train-images-idx3-ubyte.gz') as file:
+    file.seek(16)
+    DIGITS = torch.tensor(list(file.read(100 * 28 * 28)), dtype=torch.uint8)
+DIGITS = DIGITS.reshape(100, 1, 28, 28)  # the first hundred of MNIST
 
 
 def few_images(*_):
-    return FONT_DIGITS(12)
+    return DIGITS[:12].clone()
 
 
 @pytest.fixture
 def workdir(tmp_path, monkeypatch):
-    """An empty folder to run in, where the dataset 'Few' has 12 font digits."""
+    """An empty folder to run in, where the dataset 'Few' has the first 12 digits of MNIST."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(ddpm, 'DDIM_STEPS', 3)
     load_images = ddpm.load_images
-    few = few_images()
-    monkeypatch.setattr(ddpm, 'load_images', lambda d: few if d == 'Few' else load_images(d))
+
+    def few_or_those(dataset, image_size=32):
+        return few_images() if dataset == 'Few' else load_images(dataset, image_size)
+
+    monkeypatch.setattr(ddpm, 'load_images', few_or_those)
     yield tmp_path
     plt.close('all')
 
@@ -65,7 +73,7 @@ def workdir(tmp_path, monkeypatch):
 @pytest.fixture
 def float32(monkeypatch):
     """float32 throughout, also where the processor has bfloat16."""
-    monkeypatch.setattr(ddpm, 'has_bf16', lambda device: False)
+    monkeypatch.setattr(ddpm, 'half_precision', lambda device: None)
 
 
 def small_unet(seed=0, **changes):
@@ -123,7 +131,7 @@ def run_program(folder, edits, *flags):
 TINY_PREVIEW = (
     'from conftest import *\n'
     'ddpm.load_images = few_images\n'
-    'ddpm.PREVIEW.update(TINY); ddpm.NUM_STEPS = 4; ddpm.DDIM_STEPS = 4\n'
+    "ddpm.PREVIEW.update(TINY); ddpm.DRAWING['num_steps'] = 4; ddpm.DDIM_STEPS = 4\n"
 )
 
 

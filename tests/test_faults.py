@@ -3,12 +3,16 @@
 `python -m pytest tests/test_faults.py --kills 300` is the long soak.
 """
 
+import errno
+import itertools
 import os
 import random
 import re
 import resource
+import shutil
 import signal
 import subprocess
+import threading
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -99,7 +103,7 @@ def test_killed_at_random_moments(uninterrupted, tmp_path, request):
     assert all(a <= b or b == 0 for a, b in zip(steps, steps[1:]))
     assert inside > 0, 'no kill fell into a save: the test tests too little'
     assert_identical(load(tmp_path), reference)
-    assert sorted(os.listdir(tmp_path / 'checkpoints')) == ['tiny']
+    assert sorted(os.listdir(tmp_path / 'checkpoints')) == ['tiny', 'tiny.lock']
     print(f'{kills} kills survived, {inside} of them inside a save; 0 bytes differ')
 
 
@@ -118,7 +122,7 @@ def test_stopped_at_random_moments(uninterrupted, tmp_path):
     assert said and {int(e) * 3 + int(s) for e, s in said} <= set(steps)
     assert not any('Traceback' in end.stderr for end in ends)
     assert_identical(load(tmp_path), reference)
-    assert sorted(os.listdir(tmp_path / 'checkpoints')) == ['tiny']
+    assert sorted(os.listdir(tmp_path / 'checkpoints')) == ['tiny', 'tiny.lock']
 
 
 def test_a_second_ctrl_c_while_saving(uninterrupted, tmp_path):
@@ -159,7 +163,12 @@ def test_two_runs_on_one_checkpoint(tmp_path):
     assert (tmp_path / 'checkpoints/tiny.lock').exists()
     done = run_program(tmp_path, f'{EDITS}ddpm.PREVIEW["num_epochs"] = 3', '--preview')
     assert done.returncode == 0, done.stderr
-    assert sorted(os.listdir(tmp_path / 'checkpoints')) == ['other', 'tiny']
+    assert sorted(os.listdir(tmp_path / 'checkpoints')) == [
+        'other',
+        'other.lock',
+        'tiny',
+        'tiny.lock',
+    ]
 
 
 def test_a_full_disk_is_reported_and_survived(workdir, monkeypatch, capfd):
@@ -205,7 +214,7 @@ def test_no_room_for_the_last_save(workdir, monkeypatch, error):
     with pytest.raises(ddpm.UserError, match='cannot write checkpoints/tiny .*is unharmed'):
         ddpm.train(**TINY)
     assert Path('checkpoints/tiny').read_bytes() == before
-    assert os.listdir('checkpoints') == ['tiny']
+    assert sorted(os.listdir('checkpoints')) == ['tiny', 'tiny.lock']
 
 
 def test_a_full_file_system(tmp_path):
@@ -221,7 +230,7 @@ def test_a_full_file_system(tmp_path):
         assert 'training goes on' in done.stderr
         assert 'ddpm.py: cannot write checkpoints/tiny' in done.stderr.splitlines()[-1]
         assert 'Traceback' not in done.stderr
-        assert os.listdir(folder) == []
+        assert os.listdir(folder) == ['tiny.lock']
     finally:
         subprocess.run(['umount', str(folder)], check=True)
 
@@ -251,5 +260,122 @@ def test_a_stop_while_the_samples_are_drawn(workdir, monkeypatch):
         ddpm.train(**{**TINY, 'num_epochs': 1, 'sample_every': 1})
     assert end.value.code == 130
     assert len(ddpm.load_checkpoint('checkpoints/tiny')['losses']) == 3
-    assert not Path('outputs/progress').exists()
+    assert not Path('outputs/tiny/progress').exists()
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    monkeypatch.setattr(ddpm, 'reverse_process', process)
+    ddpm.train(**{**TINY, 'num_epochs': 2, 'sample_every': 1})
+    assert sorted(os.listdir('outputs/tiny/progress')) == ['epoch_001.png', 'epoch_002.png']
+
+
+def at_step(monkeypatch, number, action):
+    """Has the action done in the middle of that step."""
+    loss, calls = ddpm.diffusion_loss, []
+
+    def acting(*arguments):
+        calls.append(1)
+        if len(calls) == number:
+            action()
+        return loss(*arguments)
+
+    monkeypatch.setattr(ddpm, 'diffusion_loss', acting)
+
+
+@pytest.mark.parametrize('signum', [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_each_signal_saves_the_step_and_says_so_at_once(workdir, monkeypatch, capfd, signum):
+    before = signal.getsignal(signum)
+    at_step(monkeypatch, 2, lambda: os.kill(os.getpid(), signum))
+    with pytest.raises(SystemExit) as end:
+        ddpm.train(**TINY)
+    assert end.value.code == 128 + signum
+    assert len(ddpm.load_checkpoint('checkpoints/tiny')['losses']) == 2
+    said = capfd.readouterr()
+    assert 'finishing the step and saving' in said.err
+    assert 'Stopped after 0 epochs and 2 steps, all saved in checkpoints/tiny' in said.out
+    assert signal.getsignal(signum) is before
+
+
+def test_an_ignored_signal_stays_ignored(workdir, monkeypatch):
+    """As after `nohup`."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        at_step(monkeypatch, 2, lambda: os.kill(os.getpid(), signal.SIGHUP))
+        ddpm.train(**TINY)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert len(ddpm.load_checkpoint('checkpoints/tiny')['losses']) == 6
+
+
+def test_training_in_a_thread_goes_without_handlers(workdir):
+    thread = threading.Thread(target=lambda: ddpm.train(**TINY))
+    thread.start()
+    thread.join(60)
+    assert len(ddpm.load_checkpoint('checkpoints/tiny')['losses']) == 6
+
+
+def test_ctrl_c_while_compiling_ends_before_the_first_step(workdir, monkeypatch, capsys):
+    def compile_and_stop(model):
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(ddpm, 'LONG_RUN', 0)
+    monkeypatch.setattr(ddpm.UNET, 'compile', compile_and_stop)
+    with pytest.raises(SystemExit) as end:
+        ddpm.train(**TINY)
+    assert end.value.code == 130
+    assert not Path('checkpoints/tiny').exists()
+    assert 'with nothing to save' in capsys.readouterr().out
+
+
+def test_a_closed_output_saves_the_run(workdir, monkeypatch):
+    """As `ddpm.py | head -1` does."""
+
+    def closed(line):
+        raise BrokenPipeError
+
+    monkeypatch.setattr(ddpm, 'print_once', closed)
+    with pytest.raises(BrokenPipeError):
+        ddpm.train(**TINY)
+    assert len(ddpm.load_checkpoint('checkpoints/tiny')['losses']) == 3
+
+
+def test_pictures_that_cannot_be_written_stop_nothing(workdir, capfd):
+    Path('outputs').write_text('a file')
+    ddpm.train(**{**TINY, 'sample_every': 1})
+    assert len(ddpm.load_checkpoint('checkpoints/tiny')['losses']) == 6
+    assert capfd.readouterr().err.count('training goes on') == 3  # two grids and the loss curve
+
+
+def test_a_deleted_folder_is_made_again(workdir, monkeypatch):
+    at_step(monkeypatch, 2, lambda: shutil.rmtree('checkpoints'))
+    ddpm.train(**TINY)
+    assert len(ddpm.load_checkpoint('checkpoints/tiny')['losses']) == 6
+
+
+def test_a_link_stays_a_link_and_home_is_found(workdir, monkeypatch):
+    Path('elsewhere').mkdir()
+    Path('link').symlink_to('elsewhere/tiny')
+    ddpm.train(**{**TINY, 'checkpoint_path': 'link'})
+    assert Path('link').is_symlink() and Path('elsewhere/tiny').is_file()
+    monkeypatch.setenv('HOME', str(workdir / 'elsewhere'))
+    ddpm.train(**{**TINY, 'checkpoint_path': '~/other'})
+    assert Path('elsewhere/other').is_file() and not Path('~').exists()
+
+
+def test_a_file_system_without_locks(workdir, monkeypatch, capsys):
+    def no_locks(*_):
+        raise OSError(errno.ENOLCK, 'No locks available')
+
+    monkeypatch.setattr('fcntl.flock', no_locks)
+    ddpm.train(**TINY)
+    assert 'no locks here' in capsys.readouterr().out
+    assert len(ddpm.load_checkpoint('checkpoints/tiny')['losses']) == 6
+
+
+def test_saves_are_minutes_apart(workdir, monkeypatch):
+    """By a clock that goes 5 s a reading: with save_minutes=1 some steps save, most do not."""
+    clock, saved = itertools.count(0, 5), []
+    monkeypatch.setattr(time, 'monotonic', lambda: next(clock))
+    monkeypatch.setattr(
+        ddpm, 'save_checkpoint', lambda p, state: saved.append(len(state['losses']))
+    )
+    ddpm.train(**{**TINY, 'num_epochs': 10, 'save_minutes': 1})
+    assert 3 <= len(saved) < 20 and saved[-1] == 30

@@ -1,34 +1,50 @@
 """benchmarks/full_run.py at a tiny size, on the CPU: every part, stopped and gone on with."""
 
 import hashlib
-import io
 import json
 import sys
 import zipfile
 from contextlib import nullcontext
 from functools import partial
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY
+from conftest import DIGITS, ROOT, TINY, small_unet
+from PIL import Image
 
 import ddpm
 
 sys.path.append(str(ROOT / 'benchmarks'))
 import full_run  # noqa: E402
 
-UNET = dict(Channels=[2, 4], Attentions=[False] * 2, Upscales=[False, True], num_groups=1)
-FULL = {**TINY, 'unet': UNET, 'dataset': 'FontDigits', 'batch_size': 500}
-FULL['checkpoint_path'] = 'checkpoints/full'
+UNET = dict(Channels=[2, 4], Upscales=[False, True], num_groups=1, num_heads=2)
+UNET['Attentions'] = [False, True]
+FULL = {**TINY, 'unet': UNET, 'checkpoint_path': 'checkpoints/full'}
+
+
+@pytest.fixture
+def tiny_full(workdir, monkeypatch):
+    """FULL for a tiny UNET and a few digits; nothing is really compiled."""
+    monkeypatch.setattr(ddpm, 'FULL', FULL)
+    monkeypatch.setattr(full_run, 'COMPILED', nullcontext())
+    monkeypatch.setattr(full_run, 'BACKEND', 'eager')
+    full_run.PARTS.mkdir(parents=True)
+    return DIGITS[:60]
 
 
 def test_every_part_and_going_on(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(ddpm, 'FULL', {**FULL, 'num_epochs': 2})
+    (tmp_path / 'pictures').mkdir()  # six steps an epoch
+    for i, digit in enumerate(DIGITS[:24, 0].numpy()):
+        Image.fromarray(digit).save(tmp_path / f'pictures/{i}.png')
+    monkeypatch.setattr(ddpm, 'FULL', {**FULL, 'dataset': 'pictures'})
     monkeypatch.setattr(full_run, 'COMPILED', nullcontext())  # compiling takes long
     monkeypatch.setattr(full_run, 'speeds', lambda: {'images a second': 1.0})
     monkeypatch.setattr(full_run, 'LARGEST', 2000)
     monkeypatch.setattr(full_run, 'step_profile', partial(full_run.step_profile, 2, 3))
+    monkeypatch.setattr(full_run, 'choices', lambda: {'plain': {'milliseconds a step': 1.0}})
 
     def quality_in(steps, samples):
         if steps == ddpm.DDIM_STEPS:
@@ -37,24 +53,30 @@ def test_every_part_and_going_on(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(full_run, 'quality_in', quality_in)
     out = tmp_path / 'out'
+    monkeypatch.setattr(full_run, 'BACKEND', 'eager')
     full_run.main([str(out), '--minutes', '0', '--weights'])  # training is stopped at once
     assert 'call again to go on' in capsys.readouterr().out
     results = json.loads((out / 'results.json').read_text())
-    assert results['part-1-two-epochs']['seconds an epoch'] > 0
-    shares = results['part-2-profile']['shares of the time']
+    assert results['part-01-two-epochs']['seconds an epoch'] > 0
+    shares = results['part-02-profile']['shares of the time']
     assert shares['convolutions and matrix products'] > 0.05
     assert sum(shares.values()) == pytest.approx(1)
-    assert 'part-4-whole-run' not in results
+    assert results['part-04-attention']['largest of each layer']['Layer2.attention_layer']['q'] > 0
+    assert 'part-06-whole-run' not in results
 
     assert not full_run.main([str(out), '--weights'])
     said = capsys.readouterr().out
-    assert 'part-1-two-epochs: done before' in said
-    assert 'part-7-quality-50: skipped, prdc is not installed' in said
+    assert 'part-01-two-epochs: done before' in said
+    assert 'part-09-quality-50: skipped, prdc is not installed' in said
     results = json.loads((out / 'results.json').read_text())
-    assert len(results['part-4-whole-run']['loss of each epoch']) == 2
-    assert len(results['part-4-whole-run']['seconds of each call, pictures included']) == 2
+    assert len(results['part-06-whole-run']['loss of each epoch']) == 2
+    assert len(results['part-06-whole-run']['seconds of each call, pictures included']) == 2
     with zipfile.ZipFile(out / 'pictures.zip') as archive:
-        assert {'reverse.png', 'reverse.gif', 'grid.png', 'loss.png'} <= set(archive.namelist())
+        drawn = {f'full/{name}' for name in ('reverse.png', 'reverse.gif', 'grid.png', 'loss.png')}
+        assert {*drawn, 'full_run/ten_digits/digits.png'} <= set(archive.namelist())
+    trained = results['part-10-attention-trained']
+    assert trained['ema']['Layer2.attention_layer'].keys() == {'q', 'k'}
+    assert 'failed' not in results
 
     manifest = json.loads((out / 'manifest.json').read_text())
     content = b''.join((out / name).read_bytes() for name in manifest)
@@ -63,19 +85,127 @@ def test_every_part_and_going_on(tmp_path, monkeypatch, capsys):
         hashlib.sha256((out / name).read_bytes()).hexdigest() == digest
         for name, digest in manifest.items()
     )
-    saved = torch.load(io.BytesIO(content), weights_only=True)
-    model = ddpm.UNET(**UNET, time_steps=20)
-    assert saved['ema'].keys() == model.state_dict().keys()
-    assert sorted(p.name for p in (tmp_path / 'checkpoints').iterdir()) == ['full']
+    (tmp_path / 'joined').write_bytes(content)
+    ddpm.inference('joined', num_steps=2, num_images=1)
+    assert sorted(p.name for p in (tmp_path / 'checkpoints').glob('*[!k]')) == ['full']
+
+
+def test_an_exported_file_draws_what_its_checkpoint_does(tiny_full):
+    ddpm.train(**ddpm.FULL)
+    full_run.main(['--export', 'checkpoints/full', 'small'])
+    small, whole = ddpm.load_checkpoint('small'), ddpm.load_checkpoint('checkpoints/full')
+    raw = torch.load('small', weights_only=True)
+    assert raw.keys() == {'unet', 'ema', 'config'}
+    assert {value.dtype for value in raw['ema'].values()} == {torch.float16}
+    assert small['unet'] == whole['unet'] and small['config'] == whole['config']
+    for name, value in small['ema'].items():
+        assert value.dtype == torch.float32
+        torch.testing.assert_close(value, whole['ema'][name], rtol=1e-3, atol=1e-7)
+    assert not torch.equal(
+        whole['ema']['module.late_conv.weight'], whole['weights']['late_conv.weight']
+    )
+    grids = []
+    for path in ('small', 'checkpoints/full'):
+        ddpm.inference(path, num_steps=2, seed=1, num_images=4)
+        picture = Image.open(Path('outputs', Path(path).name, 'grid.png'))
+        grids.append(np.asarray(picture).astype(int))
+    assert np.abs(grids[0] - grids[1]).max() <= 2 < np.ptp(grids[0])
+    with pytest.raises(SystemExit, match='^full_run.py: there is no checkpoint missing'):
+        full_run.main(['--export', 'missing', 'small'])
+
+
+def test_queries_and_keys_are_found_where_attention_takes_them(monkeypatch):
+    model, seen = small_unet(dropout_prob=0.0), []
+    attention = full_run.ddpm.F.scaled_dot_product_attention
+
+    def spy(q, k, v, **options):
+        seen.append((q.abs().max().item(), k.abs().max().item()))
+        return attention(q, k, v, **options)
+
+    monkeypatch.setattr(full_run.ddpm.F, 'scaled_dot_product_attention', spy)
+    watcher = full_run.LargestOfAttention(model)
+    for seed in range(3):
+        torch.manual_seed(seed)
+        model(10**-seed * torch.randn(2, 1, 32, 32), [seed])
+    assert list(watcher.figures()) == ['Layer2.attention_layer']
+    found = watcher.figures()['Layer2.attention_layer']
+    for name, values in zip('qk', zip(*seen)):
+        assert len(set(values)) == 3 and found[name] == max(values)
+
+
+def test_queries_and_keys_of_training_are_those_of_the_network_that_trains(tiny_full):
+    figures = full_run.attention_in_training()['largest of each layer']
+    assert min(figures['Layer2.attention_layer'].values()) > 0
+
+
+def test_every_choice_is_timed_for_itself(tiny_full, monkeypatch):
+    def broken(*_):
+        raise RuntimeError('no graphs\nhere')
+
+    monkeypatch.setitem(full_run.CHOICES, 'broken', broken)
+    found = full_run.choices(2)
+    assert found.pop('broken') == {'failed': 'RuntimeError: no graphs'}
+    assert found.keys() == full_run.CHOICES.keys() - {'broken'}
+    for name, figures in found.items():
+        assert 'failed' not in figures, (name, figures)
+        assert figures['milliseconds a step'] > 0 and figures['seconds to the first'] > 0
+
+
+TRAINING = [name for name in full_run.CHOICES if name.startswith('training')]
+
+
+@pytest.mark.parametrize('name', TRAINING)
+def test_a_training_choice_computes_what_a_plain_step_does(tiny_full, float32, name):
+    """The weights after three steps, from the same random numbers."""
+    unet, after = {**UNET, 'dropout_prob': 0.0}, []
+    for choice in (full_run.step_of, full_run.CHOICES[name]):
+        torch.compiler.reset()
+        torch.manual_seed(0)
+        model = ddpm.to_device(ddpm.UNET(**unet), torch.device('cpu'))
+        before = [p.detach().clone() for p in model.parameters()]
+        step = choice(model, tiny_full, 4)
+        torch.manual_seed(1)
+        losses = [step().item() for _ in range(3)]
+        after.append([*model.parameters()])
+    assert all(not torch.equal(a, b) for a, b in zip(before, after[1]))
+    assert len(set(losses)) == 3
+    torch.testing.assert_close(*after)
+
+
+def test_the_benchmarks_step_averages_as_timm_does(tiny_full, monkeypatch):
+    monkeypatch.setitem(ddpm.FULL, 'ema_decay', 0.75)
+    model = ddpm.UNET(**UNET)
+    trainer, ema = full_run.Trainer(model, tiny_full, 4), ddpm.ModelEmaV3(model, decay=0.75)
+    for _ in range(3):
+        trainer.step()
+        ema.update(model)
+    torch.testing.assert_close(trainer.averages, [*ema.module.parameters()])
+
+
+SAMPLING = [name for name in full_run.CHOICES if name.startswith('ten')]
+
+
+@pytest.mark.parametrize('name', SAMPLING)
+def test_a_sampling_choice_is_algorithm_2(tiny_full, float32, name):
+    torch.compiler.reset()
+    model = small_unet(**UNET, time_steps=5)
+    torch.manual_seed(1)
+    step = full_run.CHOICES[name](model, tiny_full, 4)
+    drawn = [step().clone() for _ in range(5)][-1]
+    torch.manual_seed(1)
+    process = ddpm.reverse_process(model, torch.randn(10, 1, 32, 32), ddpm.DDPM_Scheduler(5))
+    assert drawn.shape == (10, 1, 32, 32)
+    torch.testing.assert_close(drawn, list(process)[-1][1])
 
 
 def test_a_failure_is_noted_and_the_rest_goes_on(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for part in ('two_epochs', 'step_profile', 'speeds', 'ten_digits'):
+    parts = 'two_epochs step_profile speeds choices ten_digits'.split()
+    for part in (*parts, 'attention_in_training', 'attention_of_the_weights'):
         monkeypatch.setattr(full_run, part, lambda: {'figure': 1})
     monkeypatch.setattr(full_run, 'whole_run', lambda deadline: 1 / 0)
     monkeypatch.setattr(full_run, 'quality_in', lambda steps, samples: {'figure': 2})
     failed = full_run.main([str(tmp_path / 'out')])
-    assert list(failed) == ['part-4-whole-run'] and 'ZeroDivisionError' in str(failed)
+    assert list(failed) == ['part-06-whole-run'] and 'ZeroDivisionError' in str(failed)
     results = json.loads((tmp_path / 'out/results.json').read_text())
-    assert results['failed'] == failed and results['part-7-quality-50']['figure'] == 2
+    assert results['failed'] == failed and results['part-09-quality-50']['figure'] == 2

@@ -3,6 +3,7 @@
 import inspect
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -50,7 +51,8 @@ def test_names_and_order_of_definitions_are_the_articles():
                 checkpoint_path=None,
             ),
         ),
-        (ddpm.inference, dict(checkpoint_path=None, num_time_steps=1000, ema_decay=0.9999)),
+        # num_time_steps is 1000 in the article; here the checkpoint has the word
+        (ddpm.inference, dict(checkpoint_path=None, num_time_steps=None, ema_decay=0.9999)),
         (ddpm.set_seed, dict(seed=42)),
         (ddpm.DDPM_Scheduler, dict(num_time_steps=1000)),
         (
@@ -178,8 +180,6 @@ def test_a_seed_gives_the_articles_initial_weights():
 def test_set_seed_repeats_every_generator():
     import random
 
-    import numpy as np
-
     def draws():
         ddpm.set_seed(3)
         return torch.rand(3).tolist(), np.random.rand(3).tolist(), random.random()
@@ -208,6 +208,33 @@ def test_time_may_be_a_list_or_shared():
     assert not torch.allclose(model(x, [8]), expected, atol=1e-5)
 
 
+@pytest.mark.parametrize('dtype', [torch.uint8, torch.int8, torch.int16, torch.int32])
+def test_time_may_be_of_any_whole_type(dtype):
+    """200 fits uint8 only as a number: as an index uint8 is a mask; 999 does not fit int8."""
+    model, x = small_unet(), torch.randn(2, 1, 32, 32)
+    t = {torch.uint8: [3, 200], torch.int8: [3, 127]}.get(dtype, [3, 999])
+    expected = model(x, torch.tensor(t))
+    torch.testing.assert_close(model(x, torch.tensor(t, dtype=dtype)), expected)
+    torch.testing.assert_close(model(x, np.array(t)), expected)
+
+
+def test_numpys_numbers_and_tuples_make_the_same_unet():
+    heads, groups, steps = (np.int64(n) for n in (2, 4, 20))
+    model = small_unet(
+        Channels=np.array(SMALL['Channels']),
+        Attentions=tuple(np.array(SMALL['Attentions'])),
+        Upscales=(0, 0, 1, 1),
+        num_heads=heads,
+        num_groups=groups,
+        time_steps=steps,
+        dropout_prob=np.float32(0.5),
+    )
+    x = torch.randn(2, 1, 32, 32)
+    assert torch.equal(model(x, [19]), small_unet(time_steps=20)(x, [19]))
+    with pytest.raises(ValueError, match='outside 0 .. 19'):
+        model(x, [20])
+
+
 @pytest.mark.parametrize(
     'changes, words',
     [
@@ -218,12 +245,17 @@ def test_time_may_be_a_list_or_shared():
             'same even number',
         ),
         (dict(Upscales=[False, True, False, True]), '2 times False, then 2 times True'),
-        (dict(Channels=[8, 16, 32, 48]), r'from 8 on they must be \[8, 16, 32, 32\]'),
+        (dict(Channels=[8, 16, 32, 48]), r'do not chain: they must be \[8, 16, 32, 32\]'),
         (dict(Channels=[0, 0, 0, 0]), r'Channels\[0\] is 0'),
         (dict(num_groups=5), 'num_groups 5 does not divide the 8'),
         (dict(num_groups=0), 'num_groups is 0'),
         (dict(num_heads=3), 'num_heads 3 does not divide the 16'),
         (dict(dropout_prob=1.5), 'dropout_prob is 1.5'),
+        (dict(time_steps=0), 'time_steps is 0'),
+        (dict(input_channels=0), 'input_channels is 0'),
+        (dict(output_channels=1.0), 'output_channels is 1.0'),
+        (dict(Attentions=[False, 'no', False, False]), "Attentions or Upscales is 'no'"),
+        (dict(Upscales=[False, False, True, 2]), 'Attentions or Upscales is 2'),
     ],
 )
 def test_a_configuration_that_does_not_fit(changes, words):
@@ -241,6 +273,8 @@ def test_a_configuration_that_does_not_fit(changes, words):
         ((2, 1, 32, 32), [-1], 'outside 0 .. 999'),
         ((2, 1, 32, 32), torch.tensor([1, 2, 3]), '1 or 2 whole numbers'),
         ((2, 1, 32, 32), torch.tensor([0.5]), '1 or 2 whole numbers'),
+        ((2, 1, 32, 32), torch.tensor([False, True]), '1 or 2 whole numbers'),
+        ((2, 1, 32, 32), torch.tensor([-3, 5], dtype=torch.int8), 'from -3 to 5, outside'),
     ],
 )
 def test_an_input_that_does_not_fit(shape, t, words):
@@ -253,7 +287,7 @@ def test_colour_images():
     assert model(torch.randn(2, 3, 32, 32), [4]).shape == (2, 3, 32, 32)
 
 
-@pytest.mark.skipif(not ddpm.has_bf16(torch.device('cpu')), reason='no bfloat16 in this CPU')
+@pytest.mark.skipif(not ddpm.half_precision(torch.device('cpu')), reason='no bfloat16 here')
 @pytest.mark.parametrize('training', [False, True])
 def test_bfloat16_is_close_to_float32(training):
     ddpm.choose_kernels(torch.device('cpu'), repeatable=False)

@@ -1,5 +1,6 @@
 """Several processes (torchrun, gloo on the CPU): the same run, and checkpoints that move freely."""
 
+import itertools
 import os
 import shutil
 import signal
@@ -7,6 +8,8 @@ import subprocess
 import sys
 import time
 
+import matplotlib.pyplot as plt
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT, TINY_PREVIEW, run_program
@@ -15,8 +18,8 @@ from conftest import ROOT, TINY_PREVIEW, run_program
 # rounding, which Adam's first steps magnify: hence the small learning rate
 NUMBERS = (
     TINY_PREVIEW + "SMALL['dropout_prob'] = 0.0\n"
-    'ddpm.has_bf16 = lambda device: False\n'
-    'ddpm.load_images = lambda d: FONT_DIGITS(36)\n'
+    'ddpm.half_precision = lambda device: None\n'
+    'ddpm.load_images = lambda *_: DIGITS[:36]\n'
     'ddpm.PREVIEW.update(batch_size=12, unet=SMALL, num_epochs=4, lr=1e-4)\n'
 )
 
@@ -57,26 +60,29 @@ def test_the_loss_history_is_that_of_one_process(tmp_path, alone, processes):
     """Begun by several, gone on with by one."""
     out = finish(start(tmp_path, processes, 'ddpm.PREVIEW["num_epochs"] = 3'))
     assert out.count('Epoch 3 | Loss') == 1  # rank 0 alone speaks
-    assert (tmp_path / 'outputs/grid.png').exists()
+    assert (tmp_path / 'outputs/tiny/grid.png').exists()
     done = run_program(tmp_path, NUMBERS, '--preview')
     assert done.returncode == 0, done.stderr
     assert len(losses(alone)) == 12
     torch.testing.assert_close(losses(tmp_path), losses(alone), rtol=1e-5, atol=0)
 
 
-def test_samples_are_shared_and_put_together_in_order(tmp_path, alone):
-    """The grid of 64 of two processes is that of one, pixel by pixel."""
+def test_two_processes_draw_the_same_images_as_one(tmp_path, alone):
+    """By the article's sampler, which adds noise at each step: the grid of 64, pixel by pixel."""
     shutil.copytree(alone, tmp_path, dirs_exist_ok=True)
-    draw = 'ddpm.fresh_seed = lambda: 7\nddpm.train = lambda **numbers: None\n'
+    draw = 'ddpm.train = lambda **numbers: None\nddpm.DRAWING.update(num_steps=None, seed=7)\n'
     grids = []
     for again in (
         lambda: finish(start(tmp_path, 2, draw)),
         lambda: run_program(tmp_path, NUMBERS + draw, '--preview'),
     ):
-        (tmp_path / 'outputs/grid.png').unlink()
+        (tmp_path / 'outputs/tiny/grid.png').unlink()
         again()
-        grids.append((tmp_path / 'outputs/grid.png').read_bytes())
+        grids.append((tmp_path / 'outputs/tiny/grid.png').read_bytes())
     assert grids[0] == grids[1]
+    grid = plt.imread(tmp_path / 'outputs/tiny/grid.png')[2:-2, 2:-2]
+    rows = [grid[66 * i : 66 * i + 60] for i in range(8)]
+    assert all(not np.array_equal(a, b) for a, b in itertools.combinations(rows, 2))
 
 
 def test_a_stop_ends_all_with_one_good_checkpoint(tmp_path, alone):
@@ -94,11 +100,21 @@ def test_a_stop_ends_all_with_one_good_checkpoint(tmp_path, alone):
     stopped = losses(tmp_path)
     assert 10 <= len(stopped) < 1200
     torch.testing.assert_close(stopped[:12], losses(alone)[: len(stopped)], rtol=1e-5, atol=0)
-    assert os.listdir(tmp_path / 'checkpoints') == ['tiny']
+    assert sorted(os.listdir(tmp_path / 'checkpoints')) == ['tiny', 'tiny.lock']
 
 
 def test_a_batch_that_cannot_be_shared(tmp_path):
     process = start(tmp_path, 2, 'ddpm.PREVIEW["batch_size"] = 9')
     _, err = process.communicate(timeout=120)
     assert process.returncode != 0
-    assert err.count('ddpm.py: batch_size is 9, which 2 processes cannot share evenly') == 1
+    assert err.count('ddpm.py: batch_size is 9, which 2 processes cannot share') == 1
+
+
+def test_an_error_of_process_0_ends_all_with_one_line(tmp_path):
+    """While the other waits for it."""
+    broken = 'import torch.distributed as dist\ndef broken(*_):\n    if dist.get_rank():\n'
+    broken += '        dist.barrier()\n    raise ddpm.UserError("no data")\n'
+    process = start(tmp_path, 2, broken + 'ddpm.load_images = broken')
+    _, err = process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert err.count('ddpm.py: no data') == 1

@@ -1,15 +1,25 @@
 """`python ddpm.py` as a new user meets it, and the pictures it makes."""
 
+import contextlib
+import fcntl
+import os
 import re
+import struct
+import subprocess
+import sys
+import termios
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, TINY_PREVIEW, run_program
+from conftest import DIGITS, ROOT, TINY, TINY_PREVIEW, run_program
+from PIL import Image
 
 import ddpm
 
+DRAWN = 'Drawn, in outputs/tiny/: reverse.png, digits.png, grid.png, reverse.gif'
 PICTURES = ['digits.png', 'grid.png', 'loss.png', 'reverse.png']
 
 
@@ -19,38 +29,43 @@ def test_preview_runs_draws_and_runs_again(tmp_path):
     assert first.returncode == 0, first.stderr
     epochs = re.findall(r'^Epoch (\d) \| Loss 0?\.?\d', first.stdout, re.M)
     assert epochs == ['1', '2']
-    assert re.search(r'Epoch 2/2: 100%.*12/12.*img/s, loss', first.stderr)
-    pictures = [tmp_path / 'outputs' / name for name in [*PICTURES, 'reverse.gif']]
-    progress = sorted((tmp_path / 'outputs/progress').iterdir())
-    assert [p.name for p in progress] == ['tiny_001.png', 'tiny_002.png']
+    assert re.search(r'Epoch 2/2 100%.* img/s, loss 0?\.?\d+.* to go', first.stderr)
+    assert 'checkpoints/tiny' in first.stdout
+    assert first.stdout.splitlines()[-1] == DRAWN
+    pictures = [tmp_path / 'outputs/tiny' / name for name in [*PICTURES, 'reverse.gif']]
+    progress = sorted((tmp_path / 'outputs/tiny/progress').iterdir())
+    assert [p.name for p in progress] == ['epoch_001.png', 'epoch_002.png']
     for picture in pictures[:4] + progress:
         image = plt.imread(picture)
         assert image.std() > 0.05, f'{picture} is blank'
     assert pictures[4].read_bytes()[:6] == b'GIF89a'
     checkpoint = (tmp_path / 'checkpoints/tiny').read_bytes()
-    assert sorted(p.name for p in (tmp_path / 'checkpoints').iterdir()) == ['tiny']
+    assert sorted(p.name for p in (tmp_path / 'checkpoints').iterdir()) == ['tiny', 'tiny.lock']
 
     before = {p: p.read_bytes() for p in pictures}
     again = run_program(tmp_path, edits, '--preview')
     assert again.returncode == 0, again.stderr
     assert 'Epoch' not in again.stdout
+    assert 'tiny: 2 epochs are done; a larger num_epochs trains on' in again.stdout
     assert (tmp_path / 'checkpoints/tiny').read_bytes() == checkpoint
     for picture in (pictures[0], pictures[1], pictures[4]):
         assert picture.read_bytes() != before[picture], 'drawn anew'
 
 
-def test_without_cuda_it_says_so_estimates_and_previews(tmp_path):
+def test_without_cuda_it_says_so_and_previews(tmp_path):
     if torch.cuda.is_available():
         pytest.skip('needs a machine without CUDA')
-    edits = TINY_PREVIEW + 'from conftest import SMALL\nddpm.FULL["unet"] = SMALL'
-    done = run_program(tmp_path, edits)
+    done = run_program(tmp_path, TINY_PREVIEW)
     assert done.returncode == 0, done.stderr
-    assert re.search(r'No CUDA GPU here: .* about \d+ hours?', done.stdout)
+    assert done.stdout.startswith('No CUDA GPU here: this is the preview. --full ')
     assert (tmp_path / 'checkpoints/tiny').exists()
 
 
 def test_full_overrides(tmp_path):
-    edits = TINY_PREVIEW + 'ddpm.FULL.update(TINY, checkpoint_path="full"); ddpm.NUM_STEPS = None'
+    edits = (
+        TINY_PREVIEW
+        + 'ddpm.FULL.update(TINY, checkpoint_path="full"); ddpm.DRAWING["num_steps"] = None'
+    )
     done = run_program(tmp_path, edits, '--full')
     assert done.returncode == 0, done.stderr
     assert (tmp_path / 'full').exists()
@@ -68,34 +83,6 @@ def test_help_and_unknown_flags(monkeypatch, capsys, flags):
     assert ('EDIT HERE' in said.out) == (flags == ['--help'])
 
 
-NO_NETWORK = "from torchvision import datasets\ndatasets.MNIST.mirrors = ['http://127.0.0.1:9/']\n"
-
-
-def test_preview_without_data_and_network_draws_fonts_and_says_so(tmp_path):
-    edits = (
-        'from conftest import *\n'
-        f'{NO_NETWORK}'
-        'ddpm.font_digits = few_images\n'
-        "ddpm.PREVIEW.update({**TINY, 'dataset': 'MNIST'}); ddpm.NUM_STEPS = 4\n"
-    )
-    done = run_program(tmp_path, edits, '--preview')
-    assert done.returncode == 0, done.stderr
-    assert 'WARNING: MNIST is not in data/' in done.stdout
-    assert 'train-images-idx3-ubyte.gz' in done.stdout
-    assert 'FONTS' in done.stdout
-    assert (tmp_path / 'checkpoints/tiny_font_digits').exists()
-
-
-def test_full_run_without_data_and_network_says_what_to_do(tmp_path):
-    edits = f"from conftest import *\n{NO_NETWORK}\nddpm.FULL['unet'] = SMALL"
-    done = run_program(tmp_path, edits, '--full')
-    assert done.returncode == 1
-    last = done.stderr.splitlines()[-1]
-    assert last.startswith('ddpm.py: MNIST is not in data/ and cannot be downloaded')
-    assert 'data/MNIST/raw' in last and last.count('.gz') == 4
-    assert not (tmp_path / 'checkpoints/ddpm_checkpoint').exists()
-
-
 def test_the_numbers_to_edit_are_the_articles():
     full = ddpm.FULL
     assert (full['num_epochs'], full['lr'], full['batch_size']) == (75, 2e-5, 64)
@@ -108,7 +95,9 @@ def test_the_strip_shows_the_articles_times(workdir, monkeypatch):
     numbers = {**TINY, 'num_time_steps': 1000, 'num_epochs': 1}
     ddpm.train(**numbers)
     seen = {}
-    monkeypatch.setattr(ddpm, 'draw_strips', lambda *arguments: seen.update(strips=arguments))
+    monkeypatch.setattr(
+        ddpm, 'draw_reverse_process', lambda frames, strip, *_, **__: seen.update(f=frames, s=strip)
+    )
 
     def process(model, x, scheduler, num_steps=None):
         times = ddpm.sampling_times(1000, num_steps or 1000)
@@ -116,11 +105,9 @@ def test_the_strip_shows_the_articles_times(workdir, monkeypatch):
 
     monkeypatch.setattr(ddpm, 'reverse_process', process)
     ddpm.inference('checkpoints/tiny')
-    strips, labels = seen['strips']
-    times = [999, 700, 550, 400, 300, 200, 100, 50, 15]
-    assert labels == [f't = {t}' for t in times] + ['$x_0$']
-    assert strips.shape == (10, 10, 1, 32, 32)
-    assert strips[0, :, 0, 0, 0].tolist() == [*times, 0]
+    assert seen['s'] == [999, 700, 550, 400, 300, 200, 100, 50, 15, 0]
+    assert all((seen['f'][t] == t).all() for t in seen['s'])
+    assert seen['f'][999].shape == (64, 1, 32, 32)
 
 
 def test_sampling_times():
@@ -135,8 +122,8 @@ def test_display_reverse_draws_one_strip():
     figure = ddpm.display_reverse(images)
     assert len(figure.axes) == 5
     shown = [ax.images[0] for ax in figure.axes]
-    assert [image.get_array().mean() for image in shown] == [0, 0, 0.5, 1, 1]  # clamped to show
-    assert {image.get_cmap().name for image in shown} == {'gray_r'}
+    assert [image.get_array().mean() for image in shown] == [0, 0, 128, 255, 255]  # clamped to show
+    assert {image.get_cmap().name for image in shown} == {'gray'}
     plt.close(figure)
     figure = ddpm.display_reverse([torch.rand(3, 8, 8)])
     assert figure.axes[0].images[0].get_array().shape == (8, 8, 3)
@@ -146,7 +133,6 @@ def test_display_reverse_draws_one_strip():
 def test_a_window_where_there_is_a_screen(workdir, monkeypatch):
     ddpm.train(**{**TINY, 'num_epochs': 1})
     windows = []
-    monkeypatch.setattr(ddpm, 'has_screen', lambda: True)
     monkeypatch.setattr(plt, 'show', lambda: windows.extend(plt.get_fignums()))
     ddpm.inference('checkpoints/tiny', num_time_steps=20, num_steps=3)
     assert windows
@@ -154,11 +140,156 @@ def test_a_window_where_there_is_a_screen(workdir, monkeypatch):
 
 def test_the_module_imports_only_what_the_card_lists():
     imports = re.findall(r'^(?:from|import) (\w+)', (ROOT / 'ddpm.py').read_text(), re.M)
-    import sys
-
     listed = {'torch', 'torchvision', 'einops', 'timm', 'tqdm', 'matplotlib', 'numpy'}
-    assert {name for name in imports if name not in sys.stdlib_module_names} == listed
+    brought = {'PIL'}  # by torchvision and matplotlib
+    assert {n for n in imports if n not in sys.stdlib_module_names} == listed | brought
     required = {
         re.split('[>=]', line)[0] for line in Path(ROOT, 'requirements.txt').read_text().split()
     }
     assert required == listed
+
+
+def drawing_only(path):
+    """A file of what is needed to draw, as checkpoints/mnist is, of a run of two epochs."""
+    ddpm.train(**TINY)
+    saved = ddpm.load_checkpoint('checkpoints/tiny')
+    ema = {name: value.half() for name, value in saved['ema'].items()}
+    torch.save({'unet': saved['unet'], 'ema': ema, 'config': saved['config']}, path)
+
+
+def test_sample_draws_from_any_checkpoint_without_a_dataset(workdir, monkeypatch, capsys):
+    drawing_only('shipped')
+    monkeypatch.setattr(ddpm, 'SHIPPED', 'shipped')
+    monkeypatch.setattr(ddpm, 'load_images', None)
+    monkeypatch.setattr(ddpm, 'DRAWING', dict(num_images=6, num_steps=3, seed=1))
+    for flags, name in ((['--sample'], 'shipped'), (['--sample', 'checkpoints/tiny'], 'tiny')):
+        monkeypatch.setattr('sys.argv', ['ddpm.py', *flags])
+        ddpm.main()
+        assert f'Drawn, in outputs/sample/{name}/: ' in capsys.readouterr().out.splitlines()[-1]
+        assert Path(f'outputs/sample/{name}/reverse.png').exists()
+    monkeypatch.setattr('sys.argv', ['ddpm.py', '--sample', 'nowhere'])
+    with pytest.raises(SystemExit, match='ddpm.py: there is no checkpoint nowhere'):
+        ddpm.main()
+
+
+def test_what_is_only_to_be_drawn_from_is_not_trained_on(workdir):
+    drawing_only('shipped')
+    before = Path('shipped').read_bytes()
+    with pytest.raises(ddpm.UserError, match='only to be drawn from: to train, change checkpoint'):
+        ddpm.train(**{**TINY, 'checkpoint_path': 'shipped'})
+    assert Path('shipped').read_bytes() == before
+
+
+def test_the_weights_that_come_with_the_repository():
+    saved = ddpm.load_checkpoint(ddpm.SHIPPED)
+    assert ddpm.SHIPPED.stat().st_size < 5_000_000
+    assert saved['config']['dataset'] == 'MNIST' and saved['config']['seed'] >= 0
+    # they know digits: far better at removing noise than predicting x itself
+    images = ddpm.to_input(DIGITS[:16])
+    eps = torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
+    model = ddpm.UNET(**saved['unet']).eval()
+    model.load_state_dict({k.removeprefix('module.'): v for k, v in saved['ema'].items()})
+    t = torch.full((16,), saved['unet']['time_steps'] // 4)
+    scheduler = ddpm.DDPM_Scheduler(saved['unet']['time_steps'])
+    with torch.no_grad():
+        assert ddpm.diffusion_loss(model, scheduler, images, t, eps) < 0.05
+
+
+def test_a_finished_run_is_drawn_without_a_dataset(workdir, monkeypatch, capsys):
+    ddpm.train(**TINY)
+    monkeypatch.setattr(ddpm, 'load_images', None)
+    ddpm.train(**TINY)
+    assert 'checkpoints/tiny: 2 epochs are done' in capsys.readouterr().out
+
+
+def png(folder):
+    return [np.asarray(Image.open(path)) for path in sorted(Path(folder).glob('*.png'))]
+
+
+def test_many_images_are_files_of_eight_bits(workdir, monkeypatch, capsys, float32):
+    """In batches, as they are in the data: light on dark, padded."""
+    ddpm.train(**TINY)
+    monkeypatch.setattr(ddpm, 'IMAGES_AT_ONCE', 40)
+    sizes, process = [], ddpm.reverse_process
+    drawn = []
+
+    def spy(model, x, *arguments):
+        sizes.append(len(x))
+        for t, x in process(model, x, *arguments):  # noqa: B020
+            yield t, x
+        drawn.append(x)
+
+    monkeypatch.setattr(ddpm, 'reverse_process', spy)
+    ddpm.inference('checkpoints/tiny', num_images=90, seed=3)
+    assert sizes == [40, 40, 10]
+    images = png('outputs/tiny/90_images_seed_3')
+    assert len(images) == 90 and images[0].dtype == np.uint8
+    expected = ddpm.to_uint8(torch.cat(drawn))[:, 0].numpy()
+    assert np.array_equal(np.stack(images), expected)
+    assert '90 images in outputs/tiny/90_images_seed_3/' in capsys.readouterr().out
+
+
+def test_a_stop_keeps_the_images_that_are_finished(workdir, monkeypatch, capsys):
+    ddpm.train(**TINY)
+    monkeypatch.setattr(ddpm, 'IMAGES_AT_ONCE', 40)
+    process, calls = ddpm.reverse_process, []
+
+    def stopped(*arguments):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return process(*arguments)
+
+    monkeypatch.setattr(ddpm, 'reverse_process', stopped)
+    with pytest.raises(KeyboardInterrupt):
+        ddpm.inference('checkpoints/tiny', num_images=90, num_steps=3, seed=3)
+    assert len(png('outputs/tiny/90_images_seed_3')) == 80
+    assert 'Stopped: 80 images are finished' in capsys.readouterr().out
+
+
+def test_images_are_those_of_the_seed_and_of_the_average(workdir):
+    ddpm.train(**TINY)
+    grids = []
+    for path, seed in (('tiny', 1), ('tiny', 1), ('tiny', 2), ('raw', 1)):
+        ddpm.inference(f'checkpoints/{path}', num_images=8, num_steps=3, seed=seed)
+        grids.append(plt.imread(f'outputs/{path}/grid.png'))
+        saved = torch.load('checkpoints/tiny')
+        saved['ema'] = {f'module.{name}': value for name, value in saved['weights'].items()}
+        torch.save(saved, 'checkpoints/raw')
+    assert np.array_equal(grids[0], grids[1])
+    assert not np.array_equal(grids[0], grids[2])
+    assert not np.array_equal(grids[0], grids[3])
+
+
+def test_digits_are_dark_on_light_and_nothing_else_is(workdir, monkeypatch):
+    ddpm.train(**TINY)
+    saved = torch.load('checkpoints/tiny')
+    grids = []
+    for dataset in ('MNIST', 'FashionMNIST'):
+        saved['config']['dataset'] = dataset
+        torch.save(saved, 'checkpoints/tiny')
+        ddpm.inference('checkpoints/tiny', num_images=8, num_steps=3, seed=1)
+        grids.append(plt.imread('outputs/tiny/grid.png')[2:66, 2:66])
+    assert np.allclose(grids[0], 1 - grids[1], atol=0.01)
+
+
+def test_every_line_fits_80_columns(tmp_path):
+    """The real program at a terminal of 80 columns, and nothing below its last line."""
+    import pty
+
+    master, slave = pty.openpty()
+    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack('HHHH', 24, 80, 0, 0))
+    edits = f"{TINY_PREVIEW}\nddpm.PREVIEW.update(sample_every=1, checkpoint_path='checkpoints/a')"
+    code = f'import sys, ddpm\n{edits}\nsys.argv = ["ddpm.py", "--preview"]\nddpm.main()'
+    command = [sys.executable, '-c', code]
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=slave, stderr=slave, text=True)
+    os.close(slave)
+    screen = b''
+    with contextlib.suppress(OSError):  # at its end
+        while part := os.read(master, 4096):
+            screen += part
+    assert process.wait() == 0
+    lines = [line for line in re.split(r'[\r\n]+', screen.decode()) if line.strip()]
+    assert max(len(re.sub(r'\x1b\[[A-Z]', '', line)) for line in lines) <= 80
+    assert any(re.search(r'Epoch 2/2 .* img/s, loss \d\.\d{4}, \d+:\d+ to go$', x) for x in lines)
+    assert lines[-1] == DRAWN.replace('tiny', 'a')

@@ -1,6 +1,7 @@
-"""benchmarks/quality.py on drawn digits: each metric against a closed form or a second way to
+"""benchmarks/quality.py on a few digits: each metric against a closed form or a second way to
 compute it, and the whole protocol at a tiny size."""
 
+import gzip
 import hashlib
 import json
 import math
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, SMALL, small_unet
+from torchvision import datasets
 
 import ddpm
 
@@ -29,21 +31,32 @@ def gaussians(count, width=4, seed=0):
 
 @pytest.fixture(scope='module')
 def digits():
-    """3,000 drawn digits in the place of MNIST's train split and 500 in that of its test split."""
-    images = ddpm.font_digits(3500)
-    draws = torch.Generator().manual_seed(0)  # as in font_digits: six fonts of ten digits each
-    labels = torch.randint(60, (len(images),), generator=draws) % 10
-    return (images[:3000], labels[:3000]), (images[3000:], labels[3000:])
+    """3,000 digits of MNIST's train split and 500 of its test split, with their labels: drawn, as
+    neighbours in it are of one hand."""
+    draws, parts = torch.Generator().manual_seed(0), []
+    for (images, labels), count in zip(quality.load_splits(), (3000, 500)):
+        chosen = torch.randperm(len(images), generator=draws)[:count]
+        parts.append((images[chosen], labels[chosen]))
+    return parts
 
 
 # ---- Images ----------------------------------------------------------------------------------
 
 
-def test_eight_bits_clamp_round_and_keep_real_digits(digits):
-    x = torch.tensor([-1.0, 0.0, 0.4 / 255, 0.6 / 255, 0.5, 1.0, 7.0])
-    assert quality.eight_bit(x).tolist() == [0, 0, 0, 1, 128, 255, 255]
+def test_the_splits_are_those_of_torchvision(tmp_path):
+    for path in (ddpm.DATA / 'MNIST/raw').glob('*.gz'):
+        (tmp_path / 'MNIST/raw').mkdir(parents=True, exist_ok=True)
+        unpacked = tmp_path / 'MNIST/raw' / path.stem
+        unpacked.write_bytes(gzip.decompress(path.read_bytes()))
+    for train, (images, labels) in zip((True, False), quality.load_splits()):
+        theirs = datasets.MNIST(tmp_path, train=train)
+        assert torch.equal(images[:, 0], theirs.data) and torch.equal(labels, theirs.targets)
+        assert labels.dtype == torch.int64
+
+
+def test_real_digits_pass_through_eight_bits_unchanged(digits):
     images = digits[1][0]
-    padded = quality.eight_bit(ddpm.to_input(images))
+    padded = ddpm.to_uint8(ddpm.to_input(images))
     assert torch.equal(padded[:, :, 2:-2, 2:-2], images) and padded.shape[2:] == (32, 32)
 
 
@@ -111,8 +124,8 @@ def test_pca_is_that_of_scikit_learn(digits):
     assert np.abs(np.abs(ours) - np.abs(theirs)).max() < 1e-2  # the signs are free
 
 
-def test_controls_are_in_order_for_drawn_digits(digits):
-    (train, labels), (test, _) = ((quality.eight_bit(ddpm.to_input(x)), y) for x, y in digits)
+def test_controls_are_in_order_for_real_digits(digits):
+    (train, labels), (test, _) = ((ddpm.to_uint8(ddpm.to_input(x)), y) for x, y in digits)
     *floor, base = train.split(500)
     pca = quality.PCA(train)
     real = quality.embed(pca, test, CPU)
@@ -122,9 +135,8 @@ def test_controls_are_in_order_for_drawn_digits(digits):
     )
     assert len(scores['floor']) == quality.FLOOR_DRAWS and scores['N'] == 500
     fd = {'floor': max(scores['floor']), **scores['FD']}
-    # PCA does not see that drawn digits lack zeros; features that tell classes apart do, below
-    order = [pair for pair in quality.ORDER if 'no zeros' not in pair]
-    assert len(order) == 9 and all(fd[less] < fd[more] for less, more in order)
+    assert len(quality.ORDER) == 11
+    assert all(fd[less] < fd[more] for less, more in quality.ORDER)
     assert fd['copies of training digits'] < 1.25 * fd['floor']
     for name, (ratio, low, high) in scores['FD / floor, low, high'].items():
         assert ratio == pytest.approx(fd[name] / np.mean(scores['floor']))
@@ -139,7 +151,7 @@ def test_a_missing_class_shows_in_features_of_the_class(digits):
 
 
 def test_no_zeros_are_left_out_and_nothing_else(digits):
-    train, labels = quality.eight_bit(ddpm.to_input(digits[0][0])), digits[0][1]
+    train, labels = ddpm.to_uint8(ddpm.to_input(digits[0][0])), digits[0][1]
     controls = quality.make_controls(train[:200], train, labels, seed=0)
     others = {image.numpy().tobytes() for image in train[labels != 0]}
     assert all(image.numpy().tobytes() in others for image in controls['no zeros'])
@@ -333,7 +345,7 @@ def test_whole_run(checkpoint, monkeypatch, capsys):
     assert result['bound']['nats'] > result['bound']['histogram of each pixel']
     assert bool(code) == bool(result['broken'])
     for part in ('samples', 'closest', 'controls'):
-        assert Path(f'outputs/quality-tiny-4-{part}.png').stat().st_size > 1000
+        assert Path(f'outputs/tiny/quality-4-{part}.png').stat().st_size > 1000
     out = capsys.readouterr().out
     assert 'N = 100 samples in 4 steps' in out and expected['sha256'][:12] in out
 
@@ -341,6 +353,20 @@ def test_whole_run(checkpoint, monkeypatch, capsys):
     monkeypatch.setattr(torch.optim, 'Adam', None)
     again = run_main(monkeypatch, '--samples', '100', '--steps', '4', '--seed', '3')[1]
     assert again | {'minutes': 0} == result | {'minutes': 0}
+
+
+def test_a_file_to_draw_from_is_measured_without_the_other_weights(checkpoint, monkeypatch, capsys):
+    ema = {k: v.half() for k, v in checkpoint['ema'].items()}
+    torch.save({'ema': ema, 'unet': checkpoint['unet'], 'config': {'dataset': 'MNIST'}}, 'tiny')
+    saved = ddpm.load_checkpoint('tiny')
+    result, _ = quality.measure(saved, *quality.load_splits(), samples=100)
+    assert result['samples']['steps'] == STEPS  # all, where nothing else is asked for
+    drawn = quality.draw(quality.load_model(saved, 'ema', CPU), 100, STEPS, 0, CPU)
+    assert result['samples']['sha256'] == hashlib.sha256(drawn.numpy().tobytes()).hexdigest()
+    assert all(list(s['fewer']['FD']) == ['EMA'] for s in result['spaces'].values())
+    assert result['run']['optimizer steps'] is None
+    said = quality.report(result)
+    assert 'non-EMA, N' not in said and 'no control from the non-EMA ones' in said
 
 
 def test_mistakes_end_in_one_line(checkpoint, monkeypatch):

@@ -38,7 +38,7 @@ def test_contestants_really_train(Contestant, monkeypatch):
     torch.manual_seed(0)
     contestant = Contestant(speed.SIZES['small'], CPU)
     updates = []
-    monkeypatch.setattr(speed.ddpm.Run, 'record', count(speed.ddpm.Run.record, updates))
+    monkeypatch.setattr(speed.ddpm.Run, 'step_done', count(speed.ddpm.Run.step_done, updates))
     before = [p.detach().clone() for p in contestant.model.parameters()]
     assert contestant.train(2, 3) > 0
     if Contestant is speed.Ours:  # ddpm.train builds its own model
@@ -53,6 +53,25 @@ def count(function, calls):
         return function(*arguments)
 
     return counting
+
+
+def test_the_others_are_fed_mnist_in_shuffled_batches():
+    x = next(speed.batches(100, workers=0))
+    assert x.shape == (100, 1, 28, 28) and x.dtype == torch.float32
+    assert x.min() == 0 and x.max() == 1 and 0.10 < x.mean() < 0.16  # 0.1307 of all
+    train = speed.ddpm.load_images('MNIST')
+    first = (x[0] * 255).round().byte()
+    assert (train == first).flatten(1).all(1).any() and not torch.equal(first, train[0])
+
+
+@pytest.mark.parametrize('side', [28, 32, 64])
+def test_larger_images_reach_the_training_loop_as_they_are(monkeypatch, side):
+    shapes, loss = [], speed.ddpm.diffusion_loss
+    monkeypatch.setattr(
+        speed.ddpm, 'diffusion_loss', lambda *a: shapes.append(a[2].shape[2:]) or loss(*a)
+    )
+    speed.Ours(speed.SIZES['small'], CPU).train(2, 1, side)
+    assert set(shapes) == {(max(side, 32),) * 2}
 
 
 def test_pace_times_only_what_was_asked_for(monkeypatch):

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, SMALL, TINY, few_images
+from conftest import SMALL, TINY, few_images, small_unet
 from timm.utils import ModelEmaV3
 
 import ddpm
@@ -32,7 +32,7 @@ def assert_identical(a, b):
 
 def test_overfits_a_handful_and_gives_it_back(workdir, monkeypatch):
     few = few_images()[:2]
-    monkeypatch.setattr(ddpm, 'load_images', lambda dataset: few.repeat(8, 1, 1, 1))
+    monkeypatch.setattr(ddpm, 'load_images', lambda *_: few.repeat(8, 1, 1, 1))
     unet = {**SMALL, 'num_groups': 8, 'Attentions': [False] * 4, 'dropout_prob': 0.0}
     numbers = dict(unet=unet, batch_size=16, num_epochs=600, lr=8e-3, num_time_steps=400)
     ddpm.train(**{**TINY, **numbers, 'ema_decay': 0.95, 'lr_decay': True})
@@ -71,8 +71,8 @@ def test_weights_after_a_step_are_adams(workdir, float32):
     ddpm.set_seed(1)
     model = ddpm.UNET(**{**unet, 'time_steps': 20})
     images = ddpm.to_input(few_images())
-    shuffle = torch.Generator().manual_seed(ddpm.derive(1, 0, 0))
-    draws = torch.Generator().manual_seed(ddpm.derive(1, 1, 0))
+    shuffle = torch.Generator().manual_seed(ddpm.seed_of(1, 0, 0))
+    draws = torch.Generator().manual_seed(ddpm.seed_of(1, 1, 0))
     x = images[torch.randperm(12, generator=shuffle)]
     t = torch.randint(20, (12,), generator=draws)
     eps = torch.randn(x.shape, generator=draws)
@@ -89,36 +89,42 @@ def test_weights_after_a_step_are_adams(workdir, float32):
         )
 
 
-@pytest.mark.parametrize('path', ['bfloat16', 'compiled'])
-def test_the_fast_paths_train_as_plain_float32_does(workdir, monkeypatch, path):
-    """Loss curves of 200 steps, smoothed over 20, within 3%."""
-    cpu = torch.device('cpu')
-    if path == 'bfloat16' and not ddpm.has_bf16(cpu):
-        pytest.skip('no bfloat16 in this CPU')
+@pytest.mark.parametrize('half', [torch.bfloat16, torch.float16])
+def test_gradients_of_16_bits_are_those_of_float32(monkeypatch, half):
+    """From the same weights, images, noise and dropout masks."""
+    x, eps, t = torch.rand(4, 1, 32, 32), torch.randn(4, 1, 32, 32), torch.tensor([0, 9, 300, 999])
+    gradients = []
+    for dtype in (None, half):
+        monkeypatch.setattr(ddpm, 'half_precision', lambda device, dtype=dtype: dtype)
+        model = ddpm.UNET(**SMALL)
+        model.load_state_dict(small_unet().state_dict())
+        torch.manual_seed(0)
+        ddpm.diffusion_loss(model, ddpm.DDPM_Scheduler(), x, t, eps).backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    exact, rough = gradients
+    assert 0 < (rough - exact).norm() < 0.03 * exact.norm()
+
+
+def test_compiled_training_is_the_same(workdir, monkeypatch, float32):
     # compiled code draws other dropout masks; two layers compile in half the time of four
     two = dict(Channels=[8, 16], Attentions=[False, True], Upscales=[False, True])
-    unet = {**SMALL, **two, 'dropout_prob': 0.0}
-    numbers = {**TINY, 'unet': unet, 'num_epochs': 67, 'num_time_steps': 1000}
-    curves = []
-    for fast in (False, True):
-        monkeypatch.setattr(ddpm, 'has_bf16', lambda device, on=fast and path == 'bfloat16': on)
-        monkeypatch.setattr(ddpm, 'COMPILES', ('cpu',) if fast and path == 'compiled' else ())
-        monkeypatch.setattr(ddpm, 'LONG_RUN', 0)
-        lines = []
-        monkeypatch.setattr(ddpm, 'say', lines.append)
-        ddpm.train(**{**numbers, 'checkpoint_path': f'checkpoints/{fast}'})
-        if any('does not work' in line for line in lines):
-            pytest.skip('no compiler here')
-        curves.append(load(f'checkpoints/{fast}')['losses'][:200].reshape(10, 20).mean(1))
+    numbers = {**TINY, 'unet': {**SMALL, **two, 'dropout_prob': 0.0}, 'num_epochs': 20}
+    curves, lines = [], []
+    monkeypatch.setattr(ddpm, 'print_once', lines.append)
+    for name, long_run in (('plain', 61), ('compiled', 60)):
+        monkeypatch.setattr(ddpm, 'LONG_RUN', long_run)
+        ddpm.train(**{**numbers, 'checkpoint_path': name})
+        curves.append(load(name)['losses'])
+    if any('does not work' in line for line in lines):
+        pytest.skip('no compiler here')
     assert not torch.equal(*curves)
-    torch.testing.assert_close(*curves, rtol=0.03, atol=0)
+    torch.testing.assert_close(*curves, rtol=0.01, atol=0)
 
 
 def test_without_a_compiler_training_goes_on(workdir, monkeypatch):
     lines = []
-    monkeypatch.setattr(ddpm, 'say', lines.append)
+    monkeypatch.setattr(ddpm, 'print_once', lines.append)
     monkeypatch.setattr(ddpm, 'LONG_RUN', 0)
-    monkeypatch.setattr(ddpm, 'COMPILES', ('cpu',))
 
     def broken(model, *_, **__):
         def call(*_):
@@ -153,8 +159,8 @@ def test_an_epoch_shows_every_image_once(workdir, monkeypatch):
     to_input = ddpm.to_input
     monkeypatch.setattr(ddpm, 'to_input', lambda x: seen.append(x) or to_input(x))
     ddpm.train(**{**TINY, 'num_epochs': 2})
-    assert len(seen) == 6
-    epochs = [torch.cat(seen[:3]), torch.cat(seen[3:])]
+    assert len(seen) == 7  # the first was asked for its shape only
+    epochs = [torch.cat(seen[1:4]), torch.cat(seen[4:])]
     for epoch in epochs:
         keys = sorted(bytes(image.flatten().tolist()) for image in epoch)
         assert keys == sorted(bytes(image.flatten().tolist()) for image in few_images())
@@ -217,14 +223,14 @@ def test_changed_numbers_are_taken_up_and_said(workdir, capsys):
     assert 'lr was 0.001, is 0.0001 from here on' in out
     assert 'ema_decay was 0.5, is 0.75 from here on' in out
     group = load()['optimizer']['param_groups'][0]
-    assert group['lr'] == 1e-4 and group['betas'] == (0.9, 0.95)
+    assert group['lr'] == 1e-4 and group['betas'] == [0.9, 0.95]
     assert len(load()['losses']) == 6
 
 
-def article_checkpoint(path):
+def article_checkpoint(path, unet=SMALL):
     """What the article's code writes: weights, optimizer and ema of its default UNET."""
     torch.manual_seed(0)
-    model = ddpm.UNET(**{**SMALL, 'time_steps': 20})
+    model = ddpm.UNET(**{**unet, 'time_steps': 20})
     optimizer = torch.optim.Adam(model.parameters(), lr=2e-5)
     ema = ModelEmaV3(model, decay=0.9999)
     model(torch.randn(1, 1, 32, 32), [0]).square().mean().backward()
@@ -241,7 +247,7 @@ def test_an_article_checkpoint_is_resumed_and_sampled(workdir, monkeypatch):
     monkeypatch.setattr(ddpm, 'UNET_DEFAULTS', defaults)  # a small article
     state = article_checkpoint('checkpoints/tiny')
     ddpm.inference('checkpoints/tiny', num_time_steps=20, num_steps=3)
-    assert Path('outputs/digits.png').exists()
+    assert Path('outputs/tiny/digits.png').exists()
     assert_identical(load(), state)
     ddpm.train(**{**TINY, 'num_epochs': 1, 'lr': 1e-12})
     assert len(load()['losses']) == 3
@@ -250,24 +256,92 @@ def test_an_article_checkpoint_is_resumed_and_sampled(workdir, monkeypatch):
         torch.testing.assert_close(load()['weights'][name], value)
 
 
+def test_an_article_checkpoint_trains_on_as_plain_adam_would(workdir, monkeypatch, float32):
+    """Its moments are contiguous, the parameters here channels_last: they must find each other."""
+    unet = {**SMALL, 'dropout_prob': 0.0}
+    defaults = {**ddpm.UNET_DEFAULTS, **unet, 'time_steps': 20}
+    monkeypatch.setattr(ddpm, 'UNET_DEFAULTS', defaults)
+    state = article_checkpoint('checkpoints/tiny', unet)
+    for entry in state['optimizer']['state'].values():
+        entry['step'] = int(entry['step'])  # as older versions of torch wrote it
+    torch.save(state, 'checkpoints/tiny')
+    ddpm.train(**{**TINY, 'unet': unet, 'num_epochs': 1, 'batch_size': 12, 'seed': 1})
+
+    model = ddpm.UNET(**{**unet, 'time_steps': 20})
+    model.load_state_dict(state['weights'])
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, foreach=False)
+    groups = optimizer.state_dict()['param_groups']
+    optimizer.load_state_dict({**state['optimizer'], 'param_groups': groups})
+    shuffle = torch.Generator().manual_seed(ddpm.seed_of(1, 0, 0))
+    draws = torch.Generator().manual_seed(ddpm.seed_of(1, 1, 0))
+    x = ddpm.to_input(few_images())[torch.randperm(12, generator=shuffle)]
+    t = torch.randint(20, (12,), generator=draws)
+    eps = torch.randn(x.shape, generator=draws)
+    ddpm.diffusion_loss(model, ddpm.DDPM_Scheduler(20), x, t, eps).backward()
+    optimizer.step()
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(load()['weights'][name], value, rtol=0, atol=3e-5)
+
+
+@pytest.fixture
+def float16(monkeypatch):
+    """What a T4 does, on the CPU: autocast to float16 and a gradient scaler."""
+    monkeypatch.setattr(ddpm, 'half_precision', lambda device: torch.float16)
+
+
+def test_float16_is_resumed_bit_for_bit(workdir, float16):
+    ddpm.train(**{**TINY, 'num_epochs': 3})
+    for epochs in (1, 2, 3):
+        ddpm.train(**{**TINY, 'num_epochs': epochs, 'checkpoint_path': 'checkpoints/parts'})
+    assert load()['scaler']['_growth_tracker'] == 9
+    assert_identical(load(), load('checkpoints/parts'))
+
+
+def test_a_checkpoint_moves_between_float16_and_none(workdir, monkeypatch):
+    for epochs, half in ((1, torch.float16), (2, None), (3, torch.float16)):
+        monkeypatch.setattr(ddpm, 'half_precision', lambda device, half=half: half)
+        ddpm.train(**{**TINY, 'num_epochs': epochs})
+        assert bool(load()['scaler']) == (half is not None)
+    assert len(load()['losses']) == 9
+
+
+def test_an_overflow_of_float16_is_a_skipped_step_and_no_divergence(
+    workdir, float16, monkeypatch, capsys
+):
+    loss, calls = ddpm.diffusion_loss, []
+
+    def overflows_once(*arguments):
+        calls.append(1)
+        return loss(*arguments) * (float('inf') if len(calls) == 2 else 1)
+
+    monkeypatch.setattr(ddpm, 'diffusion_loss', overflows_once)
+    ddpm.train(**TINY)
+    out = capsys.readouterr().out
+    assert '| 1 steps skipped, for float16 overflowed' in out.splitlines()[0]
+    assert 'skipped' not in out.splitlines()[1]
+    assert load()['optimizer']['state'][0]['step'] == 5
+    assert load()['scaler']['scale'] == 32768
+    monkeypatch.setattr(ddpm, 'diffusion_loss', lambda *a: loss(*a) * float('nan'))
+    with pytest.raises(ddpm.UserError, match='the loss is nan in epoch'):
+        ddpm.train(**{**TINY, 'num_epochs': 12})
+
+
 def test_checkpoints_move_through_weights_only_loading(workdir):
     ddpm.train(**TINY)
     saved = load()
     assert {'weights', 'optimizer', 'ema'} < saved.keys()
     assert all(key.startswith('module.') for key in saved['ema'])
     assert list(saved['weights']) == [key.removeprefix('module.') for key in saved['ema']]
-    plain = (torch.Tensor, int, float, str, bool, type(None))
-    assert {type(v) for v in flat(saved).values()} <= {*plain, tuple}
+    plain = {torch.Tensor, int, float, str, bool, type(None)}
+    assert {type(v) for v in flat(saved).values()} <= plain
 
 
-@pytest.mark.skipif(not list(ROOT.glob('data/MNIST/raw/train-images*')), reason='no MNIST in data/')
 def test_on_real_mnist_the_loss_falls(workdir):
-    (workdir / 'data').symlink_to(ROOT / 'data')
     images = ddpm.load_images('MNIST')
     assert images.shape == (60000, 1, 28, 28)
     assert images.float().mean().item() / 255 == pytest.approx(0.1307, abs=1e-4)
     few = images[:2560]
-    ddpm.load_images, original = (lambda dataset: few), ddpm.load_images
+    ddpm.load_images, original = (lambda *_: few), ddpm.load_images
     try:
         numbers = dict(dataset='MNIST', batch_size=32, num_epochs=1, num_time_steps=1000)
         ddpm.train(**{**TINY, **numbers, 'lr': 4e-3})
