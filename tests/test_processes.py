@@ -67,6 +67,24 @@ def test_the_loss_history_is_that_of_one_process(tmp_path, alone, processes):
     torch.testing.assert_close(losses(tmp_path), losses(alone), rtol=1e-5, atol=0)
 
 
+def test_each_process_has_dropout_masks_of_its_own(tmp_path):
+    watch = (
+        'import os, torch\nmasks, dropout = [], torch.nn.Dropout.forward\n'
+        'def watched(self, x):\n'
+        '    masks.append(dropout(self, torch.ones_like(x)) > 0)\n'
+        '    torch.save(masks[:20], f\'masks{os.environ["RANK"]}\')\n'
+        '    return dropout(self, x)\n'
+        "torch.nn.Dropout.forward, SMALL['dropout_prob'] = watched, 0.5\n"
+        'ddpm.PREVIEW.update(num_epochs=1)'
+    )
+    finish(start(tmp_path, 2, watch))
+    ours, theirs = (torch.load(tmp_path / f'masks{rank}') for rank in (0, 1))
+    assert len(ours) == 20 and [x.shape for x in ours] == [x.shape for x in theirs]
+    assert all(0.4 < mask.float().mean() < 0.6 for mask in ours + theirs)
+    assert not any(torch.equal(a, b) for a, b in zip(ours, theirs))
+    assert not torch.equal(ours[0], ours[8])  # 8 in a step: nor do two steps share them
+
+
 def test_two_processes_draw_the_same_images_as_one(tmp_path, alone):
     """By the article's sampler, which adds noise at each step: the grid of 64, pixel by pixel."""
     shutil.copytree(alone, tmp_path, dirs_exist_ok=True)
