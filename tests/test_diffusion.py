@@ -12,14 +12,15 @@ class Oracle(torch.nn.Module):
     """Stands for a trained model: predicts the noise that leads from an x_0 of its own to x, so the
     x_0 predicted from it is known; another one at each t."""
 
-    def __init__(self, scheduler):
+    def __init__(self, scheduler, brightest=0.9):
         super().__init__()
         self.scheduler = scheduler
+        self.brightest = brightest
         self.calls = []
 
     def x_0(self, t):
         pattern = torch.linspace(0, 3, 64).reshape(1, 1, 8, 8)
-        return 0.5 + 0.4 * torch.sin(pattern + t)
+        return 0.1 + (self.brightest - 0.1) * (0.5 + 0.5 * torch.sin(pattern + t))
 
     def forward(self, x, t):
         assert (t == t[0]).all() and t.shape == (len(x),)
@@ -101,20 +102,24 @@ def test_the_articles_sampler_is_that_of_diffusers():
         torch.testing.assert_close(ours[t], mean, rtol=1e-4, atol=1e-4)
 
 
-def test_ddim_is_that_of_diffusers():
+@pytest.mark.parametrize('brightest', [0.9, 1.7])
+def test_ddim_is_that_of_diffusers(brightest):
+    """Where x_0 is clipped too: there eps is the one that leads from the clipped x_0 to x."""
     scheduler = ddpm.DDPM_Scheduler(1000)
-    theirs = DDIMScheduler(
-        1000, beta_start=1e-4, beta_end=0.02, clip_sample=False, set_alpha_to_one=True
+    theirs = DDIMScheduler(  # clips to [-1, 1], but this x_0 is above 0
+        1000, beta_start=1e-4, beta_end=0.02, clip_sample=True, set_alpha_to_one=True
     )
     theirs.num_inference_steps = 3  # steps of 1000 // 3 = 333, which is ours for four times
-    oracle = Oracle(scheduler)
+    oracle = Oracle(scheduler, brightest)
     x = torch.randn(3, 1, 8, 8)
     ours = dict(ddpm.reverse_process(oracle, x, scheduler, num_steps=4))
     assert list(ours) == [999, 666, 333, 0]
     for t, mine in ours.items():
-        x = theirs.step(oracle(x, torch.full((3,), t)), t, x, eta=0.0).prev_sample
+        eps = oracle(x, torch.full((3,), t))
+        x = theirs.step(eps, t, x, eta=0.0, use_clipped_model_output=True).prev_sample
         torch.testing.assert_close(mine, x, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(x, oracle.x_0(torch.tensor(0)).expand_as(x), rtol=1e-3, atol=1e-3)
+    x_0 = oracle.x_0(torch.tensor(0)).clamp(max=1).expand_as(x)
+    torch.testing.assert_close(x, x_0, rtol=1e-3, atol=1e-3)
 
 
 def test_ddim_clips_the_predicted_image_and_is_deterministic():

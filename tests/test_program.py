@@ -226,6 +226,7 @@ def test_many_images_are_files_of_eight_bits(workdir, monkeypatch, capsys, float
     assert len(images) == 90 and images[0].dtype == np.uint8
     expected = ddpm.to_uint8(torch.cat(drawn))[:, 0].numpy()
     assert np.array_equal(np.stack(images), expected)
+    assert len({image.tobytes() for image in images}) == 90  # each batch has noise of its own
     assert '90 images in outputs/tiny/90_images_seed_3/' in capsys.readouterr().out
 
 
@@ -259,6 +260,18 @@ def test_images_are_those_of_the_seed_and_of_the_average(workdir):
     assert np.array_equal(grids[0], grids[1])
     assert not np.array_equal(grids[0], grids[2])
     assert not np.array_equal(grids[0], grids[3])
+
+
+def test_progress_is_drawn_from_the_average(workdir, monkeypatch):
+    """An average that has not moved yet draws what the initial weights do."""
+    grids = []
+    for lr, decay in ((1e-2, 1.0), (0.0, 0.0), (1e-2, 0.0)):
+        path = f'checkpoints/{lr}_{decay}'
+        numbers = {'lr': lr, 'ema_decay': decay, 'sample_every': 2, 'checkpoint_path': path}
+        ddpm.train(**{**TINY, **numbers})
+        grids.append(plt.imread(f'outputs/{lr}_{decay}/progress/epoch_002.png'))
+    assert np.array_equal(grids[0], grids[1])
+    assert not np.array_equal(grids[1], grids[2])
 
 
 def test_digits_are_dark_on_light_and_nothing_else_is(workdir, monkeypatch):
