@@ -412,25 +412,28 @@ def inference(
 
     times = sampling_times(T, num_steps)
     strip, film = times_to_show(times, T)
-    batch, frames = max(1, IMAGES_AT_ONCE * 32**2 // size**2), {}
+    batch, frames, drawn = max(1, IMAGES_AT_ONCE * 32**2 // size**2), {}, 0
     folder = Path(folder or OUTPUTS / path.name)
     one_by_one = Path(folder, f'{num_images}_images_seed_{seed}') if num_images > 64 else None
     all_steps = -(-num_images // batch) * len(times)
     bar = tqdm(None, 'Reverse process', all_steps, bar_format=STEPS_BAR)
-    with bar, counted_if_stopped(one_by_one):
-        for first in range(0, num_images, batch):
-            count = min(batch, num_images - first)
+    try:
+        while drawn < num_images:
+            count = min(batch, num_images - drawn)
             noise = torch.randn(count, channels, size, size, device=device)  # (B, C, H, W)
-            if first == 0:
+            if drawn == 0:
                 frames[T] = noise[:64].cpu()
             for t, x in reverse_process(model, noise, scheduler, num_steps):
                 bar.update()
-                if first == 0 and t in film:
+                if drawn == 0 and t in film:
                     frames[t] = x[:64].cpu()
             if one_by_one:
-                save_one_by_one(x, one_by_one, first)
-    if one_by_one:
-        print(f'Drawn, one by one: {num_images} images in {one_by_one}/')
+                save_one_by_one(x, one_by_one, drawn)
+            drawn += count
+    finally:  # also on Ctrl-C
+        bar.close()
+        if one_by_one:
+            print(f'Drawn, one by one: {drawn} of {num_images} images, in {one_by_one}/')
     draw_reverse_process(frames, strip, folder, dark_on_light=is_ink(saved['config']))
 
 
@@ -700,6 +703,8 @@ def join_processes():
 def plain(value):
     """Numbers, arrays and tuples as Python's own numbers and lists, a path as a string."""
     value = value.tolist() if hasattr(value, 'tolist') else value
+    if isinstance(value, dict):
+        return {name: plain(entry) for name, entry in value.items()}
     if isinstance(value, list | tuple):
         return [plain(entry) for entry in value]
     return str(value) if isinstance(value, Path) else value
@@ -766,19 +771,17 @@ def unet_arguments(unet, channels, num_time_steps):
 
 def checked_times(model, x, t):
     """t as whole numbers on the device of x. Raises UserError where x or t do not fit the UNET."""
-    factor, (*_, height, width) = 2 ** (model.num_layers // 2), (0, 0, *x.shape)
-    if x.ndim != 4 or x.shape[1] != model.input_channels or height % factor or width % factor:
-        raise UserError(
-            f'x is {tuple(x.shape)}, but must be (batch, {model.input_channels}, height, width) '
-            f'with both sides multiples of {factor}'
-        )
+    C, factor = model.input_channels, 2 ** (model.num_layers // 2)
+    if x.ndim != 4 or x.shape[1] != C or any(side % factor for side in x.shape[2:]):
+        wanted = f'(batch, {C}, height, width) with both sides multiples of {factor}'
+        raise UserError(f'x is {tuple(x.shape)}, but must be {wanted}')
     t = torch.as_tensor(t)
-    whole = not t.dtype.is_floating_point and t.dtype is not torch.bool
-    if t.ndim != 1 or len(t) not in (1, len(x)) or not whole:
+    whole = not t.is_floating_point() and t.dtype is not torch.bool
+    if not whole or t.shape not in ((1,), x.shape[:1]):
         raise UserError(f't is {t.dtype} {tuple(t.shape)}, but must be 1 or {len(x)} whole numbers')
     t = t.to(x.device, torch.long)
     # reading a t that is on an accelerator would wait for it
-    if t.device.type == 'cpu' and not (0 <= t.min() and t.max() < model.time_steps):
+    if t.device.type == 'cpu' and not 0 <= t.min() <= t.max() < model.time_steps:
         raise UserError(f't is from {t.min()} to {t.max()}, outside 0 .. {model.time_steps - 1}')
     return t
 
@@ -889,7 +892,7 @@ class Run:
     def __init__(self, path, config, unet):
         path = Path(path).expanduser()
         self.path = path.resolve() if path.is_symlink() else path  # a link stays a link
-        self.config, self.unet = plain_values(config), plain_values(unet)
+        self.config, self.unet = plain(config), plain(unet)
         check_numbers(self.config)
         self.rank, self.world = rank_and_world()
         size = self.config['batch_size']
@@ -925,25 +928,23 @@ class Run:
 
     def is_finished(self):
         """Reads the checkpoint, if there is one. Raises UserError if it is that of another run."""
-        self.saved = load_checkpoint(self.path, to_train=True) if self.path.exists() else None
-        seed = largest_of_all(fresh_seed())[0]
+        saved = load_checkpoint(self.path, to_train=True) if self.path.exists() else None
+        self.saved, self.before = saved, {**saved['unet'], **saved['config']} if saved else {}
+        fresh = largest_of_all(fresh_seed())[0]
         if self.config['seed'] == -1:
-            self.config['seed'] = self.saved['config'].get('seed', seed) if self.saved else seed
+            self.config['seed'] = self.before.get('seed', fresh)
         self.seed = self.config['seed']
         self.compare({**self.unet, **self.config, 'time_steps': self.config['num_time_steps']})
-        epochs, steps = self.config['num_epochs'], self.saved['steps'] if self.saved else 0
-        finished = steps and len(self.saved['losses']) >= epochs * steps
-        if finished:
-            done = len(self.saved['losses']) // steps
+        done = len(saved['losses']) // saved['steps'] if saved and saved['steps'] else 0
+        if finished := done >= self.config['num_epochs']:
             print_once(f'{self.path}: {done} epochs are done; a larger num_epochs trains on')
         return finished
 
     def compare(self, numbers):
         """Raises UserError where a number is not the checkpoint's, so that the run could not go on
         exactly; prints those that may change."""
-        before = {**self.saved['unet'], **self.saved['config']} if self.saved else {}
         for name, now in numbers.items():
-            then = plain(before.get(name, now))
+            then = plain(self.before.get(name, now))
             if then == now:
                 continue
             if name not in MAY_CHANGE:
@@ -1072,8 +1073,8 @@ class Run:
             return
         parts = dict(weights=self.model, optimizer=self.optimizer, ema=self.ema, scaler=self.scaler)
         state = {name: part.state_dict() for name, part in parts.items()}
-        groups = state['optimizer']['param_groups']  # may hold numpy's numbers
-        state['optimizer']['param_groups'] = [plain_values(group) for group in groups]
+        groups = plain(state['optimizer']['param_groups'])  # may hold numpy's numbers
+        state['optimizer']['param_groups'] = groups
         state |= {'unet': self.unet, 'config': self.config, 'steps': self.steps}
         state |= {'losses': self.losses[: self.done].clone()}
         try:
@@ -1103,10 +1104,6 @@ class Run:
                 draw_losses(self.losses, self.steps, OUTPUTS / self.path.name)
             epochs = self.config['num_epochs']
             print(f'Trained for {epochs} epochs: {self.path}. A larger num_epochs trains on.')
-
-
-def plain_values(arguments):
-    return {name: plain(value) for name, value in arguments.items()}
 
 
 def claim(file):
@@ -1259,18 +1256,6 @@ def draw_progress(model, scheduler, run):
     path = OUTPUTS / run.path.name / f'progress/epoch_{epoch:03d}.png'
     with picture_or_line(path):
         save_grid(1 - x if is_ink(run.config) else x, path)
-
-
-@contextmanager
-def counted_if_stopped(folder):
-    """Says how many images a Ctrl-C leaves in the folder."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        if folder:
-            count = len(list(folder.glob('*.png')))
-            print(f'\nStopped: {count} images are finished, in {folder}/', flush=True)
-        raise
 
 
 def save_one_by_one(x, folder, first):

@@ -227,7 +227,7 @@ def test_many_images_are_files_of_eight_bits(workdir, monkeypatch, capsys, float
     expected = ddpm.to_uint8(torch.cat(drawn))[:, 0].numpy()
     assert np.array_equal(np.stack(images), expected)
     assert len({image.tobytes() for image in images}) == 90  # each batch has noise of its own
-    assert '90 images in outputs/tiny/90_images_seed_3/' in capsys.readouterr().out
+    assert '90 of 90 images, in outputs/tiny/90_images_seed_3/' in capsys.readouterr().out
 
 
 def test_a_stop_keeps_the_images_that_are_finished(workdir, monkeypatch, capsys):
@@ -245,7 +245,7 @@ def test_a_stop_keeps_the_images_that_are_finished(workdir, monkeypatch, capsys)
     with pytest.raises(KeyboardInterrupt):
         ddpm.inference('checkpoints/tiny', num_images=90, num_steps=3, seed=3)
     assert len(png('outputs/tiny/90_images_seed_3')) == 80
-    assert 'Stopped: 80 images are finished' in capsys.readouterr().out
+    assert '80 of 90 images, in outputs/tiny/90_images_seed_3/' in capsys.readouterr().out
 
 
 def test_images_are_those_of_the_seed_and_of_the_average(workdir):
