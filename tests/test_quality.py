@@ -194,9 +194,10 @@ def test_memorised_samples_are_nearer_than_unseen_digits():
 def test_bins_of_the_decoder_hold_all_of_its_mass():
     norm = pytest.importorskip('scipy.stats').norm
     k = torch.arange(256).double()
-    p = quality.Normal(*torch.tensor([0.3, 0.01], dtype=torch.float64))
-    ours = quality.log_bin(p, k / 255)
-    assert ours.exp().sum().item() == pytest.approx(1, abs=1e-12)
+    for mean in (0.0, 1.0, 0.3):  # half of it in an outer bin, or none
+        p = quality.Normal(*torch.tensor([mean, 0.01], dtype=torch.float64))
+        ours = quality.log_bin(p, k / 255)
+        assert ours.exp().sum().item() == pytest.approx(1, abs=1e-12)
     edges = np.array([-np.inf, *(np.arange(255) + 0.5) / 255, np.inf])
     theirs = np.diff(norm.cdf(edges, 0.3, 0.01))
     near = slice(70, 84)  # further out differences of the cdf lose their digits
