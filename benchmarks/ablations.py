@@ -1,0 +1,512 @@
+"""What is each choice worth? The preview trained and drawn from with one thing changed at a time.
+
+    pip install -r benchmarks/requirements.txt
+    OMP_NUM_THREADS=1 python benchmarks/ablations.py [--samples 1000]
+
+Trains PREVIEW for two epochs, then the same with each of CHANGES made to it, and measures N samples
+of each by the functions of quality.py. A change is made here, by other numbers or by what stands in
+the place of a name of ddpm.py while its own `train` runs. What concerns sampling only is drawn from
+the weights of the baseline. All is about a short training of a small UNET.
+
+What is done is kept in outputs/ablations/ and checkpoints/ablations/: called again it goes on where
+it stopped, also within a training; to measure a change anew delete its files there. Every part
+brings up to date benchmarks/results/ablations.json, ablations.md, the tables, and
+assets/ablations.png, where all digits come from the same noise.
+
+A difference that is not above twice what another seed makes (on the same weights: other noise), or
+that so few samples cannot tell, is called none.
+"""
+
+import argparse
+import datetime
+import json
+import math
+import re
+import sys
+import time
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
+
+import matplotlib.pyplot as plt
+import torch
+from torch import nn
+from tqdm import tqdm
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), str(HERE.parent)]
+import quality  # noqa: E402
+from speed import processor, table  # noqa: E402
+
+import ddpm  # noqa: E402
+
+EPOCHS = 2  # of each training
+TRAINING_COST = 2.6  # of an image, against a step of drawing one, as measured on a CPU
+ATTENTION_COST = 2.5  # likewise, of a network with attention against one without
+GROUPS = ('training', 'network', 'sampling')
+RESULT = quality.RESULTS / 'ablations.json'
+FIGURE = HERE.parent / 'assets/ablations.png'
+# the least difference that N = 1,000 samples can tell; of FD that of the logarithm, a tenth
+MEASURES = {'FD / floor': math.log(1.1), 'recognised': 0.04, 'precision': 0.05, 'recall': 0.05}
+
+
+def first(value, *_):
+    return value
+
+
+# ---- Training: what may stand in the place of diffusion_loss, DDPM_Scheduler and to_input --------
+
+
+def loss(target=lambda x, eps, abar: eps, weight=lambda abar: 1):
+    """diffusion_loss for another target, or with a weight for each image."""
+
+    def diffusion_loss(model, scheduler, x, t, eps):
+        abar = scheduler(t)[1][:, None, None, None]  # (B, 1, 1, 1)
+        x_t = abar.sqrt() * x + (1 - abar).sqrt() * eps
+        with ddpm.autocast(x.device):
+            prediction = model(x_t, t)
+        return (weight(abar) * (prediction.float() - target(x, eps, abar)).square()).mean()
+
+    return diffusion_loss
+
+
+def evenly_spread_t(model, scheduler, x, t, eps):
+    """t of a batch at equal distances from a random start (Kingma et al. 2021, appendix I.1)."""
+    start = torch.rand((), device=t.device)
+    share = (start + torch.arange(len(t), device=t.device) / len(t)) % 1  # in [0, 1)
+    return loss()(model, scheduler, x, (share * len(scheduler.beta)).long(), eps)
+
+
+class Cosine(ddpm.DDPM_Scheduler):
+    """abar falls as a squared cosine (Nichol & Dhariwal 2021, eq. 17)."""
+
+    def __init__(self, num_time_steps=1000):
+        super().__init__(num_time_steps)
+        u = torch.arange(num_time_steps + 1).double() / num_time_steps
+        abar = torch.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
+        self.beta = (1 - abar[1:] / abar[:-1]).clamp(max=0.999).float()
+        self.alpha = torch.cumprod(1 - self.beta, dim=0)
+
+
+# ---- The network: what may stand in the place of UNET, UnetLayer and Attention -------------------
+
+
+class Timeless(ddpm.UNET):
+    """A UNET that is not told the time."""
+
+    def __init__(self, **unet):
+        super().__init__(**unet)
+        self.embeddings.embeddings.zero_()
+
+
+class Skipless(ddpm.UnetLayer):
+    """The upper half gets zeros for the skips; the number of weights stays as it is."""
+
+    def forward(self, x, embeddings):
+        x, skip = super().forward(x, embeddings)
+        return x, torch.zeros_like(skip)
+
+
+class NormedAttention(ddpm.Attention):
+    """Attention after a norm, and added to x, as in the paper's code."""
+
+    def __init__(self, C, num_heads, dropout_prob):
+        super().__init__(C, num_heads, dropout_prob)
+        self.norm = nn.GroupNorm(math.gcd(C, 8), C)
+
+    def forward(self, x):
+        return x + super().forward(self.norm(x))
+
+
+# ---- Sampling: what may stand in the place of reverse_process ------------------------------------
+
+
+def sampler(
+    eta=1, variance=first, clip=False, last=False, to_eps=first, to_image=first, dropout_in=()
+):
+    """A reverse_process; as it stands, Algorithm 2 of the paper. It is DDIM's eq. 12 with the mean
+    for eta and noise of variance(beta, tilde), of paper eq. 7's beta_t and beta-tilde_t of the
+    step, however long it is. clip keeps the predicted x_0 in [0, 1]; last adds noise after the last
+    step; to_eps(prediction, x, abar) is for a network that predicts something else, to_image for
+    other data; modules of the kind dropout_in are as they are while training."""
+
+    @torch.inference_mode()
+    def reverse_process(model, x, scheduler, num_steps=None):
+        times = ddpm.sampling_times(len(scheduler.beta), num_steps)
+        for module in model.modules():
+            module.training = isinstance(module, dropout_in)
+        for t, t_next in zip(times, times[1:] + [None]):
+            abar = scheduler(t)[1]
+            abar_next = torch.ones_like(abar) if t_next is None else scheduler(t_next)[1]
+            with ddpm.autocast(x.device):
+                prediction = model(x, torch.full((len(x),), t, device=x.device)).float()
+            eps = to_eps(prediction, x, abar)
+            x_0 = (x - (1 - abar).sqrt() * eps) / abar.sqrt()
+            if clip:
+                x_0 = x_0.clamp(0, 1)
+                eps = (x - abar.sqrt() * x_0) / (1 - abar).sqrt()
+            beta = 1 - abar / abar_next
+            tilde = (1 - abar_next) / (1 - abar) * beta
+            x = abar_next.sqrt() * x_0 + (1 - abar_next - eta**2 * tilde).sqrt() * eps
+            if last or t_next is not None:
+                x = x + variance(beta, tilde).sqrt() * torch.randn_like(x)
+            yield t, to_image(x)
+
+    return reverse_process
+
+
+# ---- The changes, in the order of the figure -----------------------------------------------------
+
+BASELINE, SEED, NOISE = 'the baseline', 'another seed', 'other noise'
+
+
+def change(
+    group: str,
+    name: str,
+    why: str,  # what the choice is for
+    weights: str = '',  # those of another change; if not said, trained with this one
+    against: str = BASELINE,  # what it is compared with
+    part: str = 'ema',  # of the checkpoint
+    steps: int | None = None,  # of the reverse process; None: all
+    noise: int = 0,  # the seed of the samples
+    **changed,  # arguments of UNET or of train, or what stands in the place of a name of ddpm.py
+):
+    """All that in a namespace: changed is in unet, patches and numbers."""
+    weights = weights or name
+    unet = {k: changed.pop(k) for k in [*changed] if k in ddpm.UNET_DEFAULTS}
+    patches = {k: changed.pop(k) for k in [*changed] if hasattr(ddpm, k)}
+    numbers = changed
+    return SimpleNamespace(**locals())
+
+
+training, network = partial(change, 'training'), partial(change, 'network')
+
+
+def sampling(name, why, weights=BASELINE, steps=None, **how):
+    process = sampler(**how)
+    return change('sampling', name, why, weights, weights, steps=steps, reverse_process=process)
+
+
+def ddim(steps, eta, clip):
+    name = f'DDIM {steps or "all"}, eta {eta}{", clipped" if clip else ""}'
+    why = f'The same weights in {steps or "all"} steps{"" if eta else ", none of them random"}.'
+    return sampling(name, why, steps=steps, eta=eta, variance=lambda _, b: eta**2 * b, clip=clip)
+
+
+LONG, COSINE, CLIPPED = 'T = 1000', 'cosine schedule', 'x_0 clipped'
+PLAIN, DROPOUT = "the article's attention", 'attention, dropout 0.1'
+ATTENTION = dict(Attentions=[False, True, False, False, False, True])  # where the article has it
+WIDE = dict(Channels=[2 * C for C in ddpm.PREVIEW['unet']['Channels']], num_epochs=EPOCHS // 2)
+SYMMETRIC = {
+    'to_input': lambda images, to_input=ddpm.to_input: 2 * to_input(images) - 1,
+    'reverse_process': sampler(to_image=lambda x: (x + 1) / 2),
+}
+AS_LONG = {'num_time_steps': 1000, 'against': LONG}
+CLIP = {'reverse_process': sampler(clip=True), 'weights': COSINE, 'against': CLIPPED}
+# min(SNR, 5) / SNR, for a network that predicts eps (Hang et al. 2023)
+MIN_SNR = {'diffusion_loss': loss(weight=lambda abar: (5 * (1 - abar) / abar).clamp(max=1))}
+ROOT = {'diffusion_loss': loss(weight=lambda abar: (1 - abar).sqrt())}
+X_0 = {
+    'diffusion_loss': loss(lambda x, eps, abar: x),
+    'reverse_process': sampler(to_eps=lambda x_0, x, a: (x - a.sqrt() * x_0) / (1 - a).sqrt()),
+}
+V = {  # Salimans & Ho 2022
+    'diffusion_loss': loss(lambda x, eps, abar: abar.sqrt() * eps - (1 - abar).sqrt() * x),
+    'reverse_process': sampler(to_eps=lambda v, x, a: a.sqrt() * v + (1 - a).sqrt() * x),
+}
+LIST = [
+    training(BASELINE, 'The numbers of the preview.'),
+    training(SEED, 'The spread between runs.', seed=1),
+    training('without the EMA', 'It is steadier than the last step.', BASELINE, part='weights'),
+    training('EMA 0.9999', "The article's: over some 10,000 steps.", ema_decay=0.9999),
+    training('lr constant', "As the article's; the preview's falls to 0.", lr_decay=False),
+    training('batch 64', "The article's: surer steps, but fewer.", batch_size=64),
+    training(LONG, "The article's: each step takes away less.", num_time_steps=1000),
+    training('[-1, 1] data', "The paper's are centred, the article's not.", **SYMMETRIC),
+    training('[-1, 1] data, T = 1000', 'No trace of x_0 is left.', **AS_LONG, **SYMMETRIC),
+    training(COSINE, 'beta is linear; by a cosine noise comes later.', DDPM_Scheduler=Cosine),
+    training('cosine, x_0 clipped', 'Its last beta, 0.999, multiplies errors by 32.', **CLIP),
+    training(
+        't evenly spread', 'Each image draws its t; here not.', diffusion_loss=evenly_spread_t
+    ),
+    training('loss by min-SNR-5', 'All t count the same; here low ones less.', **MIN_SNR),
+    training('loss by sqrt(1 - abar)', 'The same, more gently.', **ROOT),
+    training('predicts x_0', 'The network predicts the noise; it might be x_0.', **X_0),
+    training('predicts v', 'Or a mixture of noise and x_0.', **V),
+    network('no time embedding', 'The embedding says how noisy x is.', UNET=Timeless),
+    network('no skips between halves', 'Skips pass on what is fine.', UnetLayer=Skipless),
+    network(PLAIN, 'With it far parts of a digit see each other.', **ATTENTION),
+    network('attention, norm and skip', "The paper's.", Attention=NormedAttention, **ATTENTION),
+    network('2x wide, half the steps', 'More weights for fewer steps.', **WIDE),
+    change('sampling', NOISE, 'The spread between sets of samples.', BASELINE, noise=1),
+    sampling(CLIPPED, "The article's sampler leaves x_0 free.", clip=True),
+    sampling('sigma² = beta-tilde', "The paper's second choice.", variance=lambda _, b: b),
+    sampling('no noise added', 'A step draws; this takes the mean.', variance=lambda b, _: 0 * b),
+    sampling('noise after last step', 'Algorithm 2 adds none there.', last=True),
+    change(
+        'sampling', DROPOUT, 'It is against overfitting.', '', PLAIN, dropout_prob=0.1, **ATTENTION
+    ),
+    sampling(
+        '... on in attention', "The article's code has it.", DROPOUT, dropout_in=ddpm.Attention
+    ),
+    sampling('... on everywhere', 'As if eval() were forgotten.', DROPOUT, dropout_in=nn.Module),
+    *(
+        ddim(steps, eta, clip)
+        for steps in (None, 100, 50, 20, 10)
+        for eta, clip in ((0, True), (0, False), (1, True), (1, False))
+        if (steps, eta, clip) != (None, 1, False)  # it stands above: beta-tilde
+    ),
+]
+CHANGES = {change.name: change for change in LIST}
+
+
+# ---- One part: train, draw, measure --------------------------------------------------------------
+
+
+def file_name(change):
+    return re.sub('[^a-z0-9]+', '_', change.name.lower()).strip('_')
+
+
+def numbers_of(change):
+    """The arguments of ddpm.train with which the weights for a change are made."""
+    change = CHANGES[change.weights]
+    own = dict(num_epochs=EPOCHS, seed=0, sample_every=0, unet=ddpm.PREVIEW['unet'] | change.unet)
+    own['checkpoint_path'] = f'checkpoints/ablations/{file_name(change)}'
+    return {**ddpm.PREVIEW, **own, **change.numbers}
+
+
+def make(change, samples, device):
+    """The samples of a change, (N, 1, 32, 32) uint8, from weights that are trained unless they are
+    there. Raises ddpm.UserError."""
+    numbers = numbers_of(change)
+    patches = {'train': ddpm.train, **CHANGES[change.weights].patches, **change.patches}
+    torch.compiler.reset()  # it keeps eight versions of a function, and runs others uncompiled
+    with mock.patch.multiple(ddpm, **patches):
+        ddpm.train(**numbers)
+        saved = ddpm.load_checkpoint(numbers['checkpoint_path'])
+        model = quality.load_model(saved, change.part, device)
+        steps = change.steps or model.time_steps
+        return quality.draw(model, samples, steps, change.noise, device)
+
+
+def yardstick(count, device):
+    """A function from count samples to MEASURES."""
+    train, test = [(ddpm.to_uint8(ddpm.to_input(x)), y) for x, y in quality.load_splits()]
+    cnn, _ = quality.classifier(quality.first_network, 1e-2, train, device)
+
+    def features(images):
+        return quality.embed(cnn[:-1], images, device)
+
+    real, logits = features(test[0]), quality.embed(cnn, test[0], device)
+    generator = torch.Generator().manual_seed(0)
+    draws = train[0][torch.randperm(len(train[0]), generator=generator)].split(count)
+    draws = draws[: quality.FLOOR_DRAWS]
+    unseen = real[torch.randperm(len(real), generator=generator)[:count]]
+
+    def measure(images):
+        fake, answers = features(images), quality.embed(cnn, images, device)
+        fd = quality.frechet_over_floor(real, {'fake': images}, draws, features)
+        near = quality.neighbourhoods(unseen, fake)
+        return {
+            'FD / floor': fd['FD / floor, low, high']['fake'][0],
+            'recognised': quality.class_balance(answers, logits)['recognised'],
+            **{name: near[name] for name in ('precision', 'recall')},
+        }
+
+    return measure
+
+
+def cost(change, samples):
+    """Of a part, in images that pass forward through the baseline's UNET."""
+    numbers = numbers_of(change)
+    unet, steps = numbers['unet'], change.steps or numbers['num_time_steps']
+    size = sum(unet['Channels']) / sum(ddpm.PREVIEW['unet']['Channels'])
+    size *= ATTENTION_COST if any(unet['Attentions']) else 1
+    trained = change.weights != change.name or Path(numbers['checkpoint_path']).exists()
+    images = 0 if trained else 60_000 * numbers['num_epochs']
+    return size * (TRAINING_COST * images + samples * steps)
+
+
+def work(folder, samples):
+    """Does what is left of the changes, each into a file of the folder. Raises ddpm.UserError."""
+    left = [change for change in LIST if not (folder / file_name(change)).exists()]
+    costs = [cost(change, samples) for change in left]
+    device = ddpm.best_device()
+    measure = yardstick(samples, device) if left else None
+    with tqdm(None, total=sum(costs), bar_format=ddpm.BAR + '{remaining} left', smoothing=0) as bar:
+        for i, (change, size) in enumerate(zip(left, costs), 1):
+            bar.set_description_str(f'Part {i}/{len(left)}, {change.name}')
+            began = time.monotonic()
+            try:
+                images = make(change, samples, device)
+                part = {'digits': images[:10].clone(), 'scores': measure(images)}
+            except ddpm.UserError as error:
+                if not str(error).endswith(ddpm.TOO_FAR):  # what train says of a run that diverges
+                    raise
+                part = {'failed': str(error).removesuffix(ddpm.TOO_FAR)}
+            part['minutes'] = (time.monotonic() - began) / 60
+            ddpm.save_checkpoint(folder / file_name(change), part)
+            write_result(folder, samples)
+            bar.update(size)
+
+
+# ---- The report; parts is {name: what work has kept} ---------------------------------------------
+
+
+def differences(name, other, parts):
+    """{measure: how much that of the one part is above that of the other}, of FD / floor the
+    logarithm; empty where one has none."""
+    one, two = (parts.get(key, {}).get('scores') for key in (name, other))
+    if not one or not two:
+        return {}
+    ratio = math.log(one['FD / floor'] / two['FD / floor'])
+    return {measure: one[measure] - two[measure] for measure in MEASURES} | {'FD / floor': ratio}
+
+
+def margins(repeats, parts):
+    """{measure: the difference up to which nothing is said to be seen}."""
+    gaps = [differences(name, BASELINE, parts) for name in repeats]
+    return {
+        m: max([least, *(2 * abs(gap[m]) for gap in gaps if gap)]) for m, least in MEASURES.items()
+    }
+
+
+def in_words(by):
+    return ', '.join(
+        f'{m} x {math.exp(d):.2g}' if m == 'FD / floor' else f'{m} {100 * d:+.0f} points'
+        for m, d in by.items()
+    )
+
+
+def seen(change, parts):
+    """What a change has made of the digits: 'better', 'worse', 'same' or '', and a sentence."""
+    if 'failed' in parts[change.name]:
+        return 'worse', f'Diverged: {parts[change.name]["failed"]}.'
+    by, other = differences(change.name, change.against, parts), CHANGES[change.against]
+    if change.name in (BASELINE, SEED, NOISE) or not by:
+        return '', ''
+    same_weights = (change.weights, change.part) == (other.weights, other.part)
+    limits = margins([NOISE] if same_weights else [NOISE, SEED], parts)
+    by = {m: d for m, d in by.items() if abs(d) > limits[m]}
+    against = f' against "{other.name}"' if other.name != BASELINE else ''
+    if not by:
+        return 'same', f'Nothing seen{against} beyond the spread.'
+    first, d = next(iter(by.items()))
+    better = (d < 0) == (first == 'FD / floor')
+    return 'better' if better else 'worse', f'Seen{against}: {in_words(by)}.'
+
+
+def short(scores):
+    """The scores as text, FD / floor with three digits."""
+    fd, *shares = (scores[measure] for measure in MEASURES)
+    return [f'{fd:.3g}' if fd < 999.5 else f'{fd:,.0f}', *(f'{share:.0%}' for share in shares)]
+
+
+def report(parts):
+    """Markdown tables, one a group."""
+    text = ''
+    for group in GROUPS:
+        rows = []
+        for change in LIST:
+            if change.group == group and change.name in parts:
+                part = parts[change.name]
+                what = f'**{change.name}** {change.why} {seen(change, parts)[1]}'.strip()
+                rows.append([what, *(short(part['scores']) if 'scores' in part else [''] * 4)])
+        text += table([group, *MEASURES], rows) + '\n'
+    for what, repeats in (('on the same weights', [NOISE]), ('else', [NOISE, SEED])):
+        text += f'Nothing is called seen {what} up to {in_words(margins(repeats, parts))}.\n'
+    return text
+
+
+COLOURS = {'better': '#1f5fa8', 'worse': '#b3401a', 'same': '#777777', '': '#000000'}
+LEGEND = """All digits come from the same noise. FD / floor: 1 is as good as real digits.
+recog.: recognised by a classifier with confidence.
+Blue is better than the baseline, red worse, grey the same but for the spread
+(rows that change a change: than that one)."""
+LABEL, COLUMN, PITCH = 12, 22.5, 1.125  # in digits: what is left of a row, a column, a line
+
+
+def draw_row(ax, change, parts, x, y):
+    """Its name, its score and its ten digits, in digits from the top left."""
+    part = parts[change.name]
+    style = dict(va='center', fontsize=11, color=COLOURS[seen(change, parts)[0]])
+    ax.text(x, y, change.name, **style)
+    if 'failed' in part:
+        return ax.text(x + LABEL, y, 'diverged', **style)
+    for left, score in zip((2.3, 0.25), short(part['scores'])):
+        ax.text(x + LABEL - left, y, score, ha='right', **style)
+    row = 255 - torch.cat(list(part['digits'][:, 0]), dim=1).numpy()  # (32, 320)
+    extent = (x + LABEL, x + LABEL + len(part['digits']), y + 0.5, y - 0.5)
+    ax.imshow(row, cmap='gray', vmin=0, vmax=255, extent=extent)
+
+
+def draw_figure(parts, path):
+    """A row of digits for each change, from the same noise; sampling has a column of its own."""
+    fig = plt.figure()
+    ax, bottom = fig.add_axes([0, 0, 1, 1]), 0
+    for x, groups in ((0.25, GROUPS[:2]), (0.25 + COLUMN, GROUPS[2:])):
+        y = 0.75
+        for group in groups:
+            ax.text(x, y, group, va='center', fontsize=13, weight='bold')
+            for left, head in ((2.3, 'FD / floor'), (0.25, 'recog.')):
+                ax.text(x + LABEL - left, y, head, va='center', ha='right', fontsize=8)
+            for change in LIST:
+                own = change.group == group and not change.noise
+                if change.name in parts and (own or change.name == BASELINE):
+                    y += PITCH
+                    draw_row(ax, change, parts, x, y)
+            y += 1.5
+        if bottom == 0:
+            ax.text(x, y, LEGEND, va='top', fontsize=10, linespacing=1.4)
+            y += 3
+        bottom = max(bottom, y - 0.5)
+    ax.set(xlim=(0, 2 * COLUMN), ylim=(bottom, 0), aspect='auto')
+    ax.axis('off')
+    fig.set_size_inches(2 * COLUMN / 4, bottom / 4)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fig.savefig(path, dpi=128)  # a digit has its own 32 pixels
+    plt.close(fig)
+
+
+def write_result(folder, samples):
+    """The result and the tables of the parts that are done, which are returned."""
+    paths = {change.name: folder / file_name(change) for change in LIST}
+    parts = {name: torch.load(path) for name, path in paths.items() if path.exists()}
+    about = {
+        'date': datetime.date.today().isoformat(),
+        'machine': torch.cuda.get_device_name() if torch.cuda.is_available() else processor(),
+        'versions': {package: version(package) for package in ('torch', 'torchmetrics', 'prdc')},
+        'hours': sum(part['minutes'] for part in parts.values()) / 60,
+        'N': samples,
+        'baseline': numbers_of(CHANGES[BASELINE]),
+    }
+    changes = {
+        name: {k: v for k, v in part.items() if k != 'digits'}
+        | {'seen': seen(CHANGES[name], parts)[1]}
+        for name, part in parts.items()
+    }
+    RESULT.parent.mkdir(parents=True, exist_ok=True)
+    RESULT.write_text(json.dumps({**about, 'changes': changes}, indent=1) + '\n')
+    RESULT.with_suffix('.md').write_text(report(parts))
+    return parts
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(description='Measures what each choice is worth.')
+    parser.add_argument('--samples', type=int, default=1000, help='of each change')
+    args = parser.parse_args(arguments)
+    folder = ddpm.OUTPUTS / f'ablations/{args.samples}_samples'
+    try:
+        work(folder, args.samples)
+    except ddpm.UserError as error:
+        sys.exit(f'ablations.py: {error}')
+    except KeyboardInterrupt:
+        sys.exit(130)
+    draw_figure(write_result(folder, args.samples), FIGURE)
+    print(RESULT.with_suffix('.md').read_text() + f'{RESULT}, {FIGURE}')
+
+
+if __name__ == '__main__':
+    main()
