@@ -15,6 +15,8 @@ os.environ['OMP_NUM_THREADS'] = '1'  # the tests themselves run side by side
 os.environ['PYTHONPATH'] = os.pathsep.join([str(ROOT), str(ROOT / 'tests')])  # of what they start
 sys.path[:0] = [str(ROOT), str(ROOT / 'tests')]
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
+if hasattr(signal, 'SIGHUP'):
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # and nohup this one
 
 import matplotlib.pyplot as plt  # noqa: E402
 import pytest  # noqa: E402

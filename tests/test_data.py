@@ -1,8 +1,11 @@
 """Data: MNIST as it comes with the repository, datasets that are fetched, folders of pictures."""
 
 import gzip
+import os
 import shutil
+import signal
 import socket
+import sys
 import time
 import urllib.request
 from pathlib import Path
@@ -10,12 +13,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import DIGITS, ROOT, SMALL, TINY
 from PIL import Image
+from test_faults import at_step
+from test_training import assert_identical
+from torch_fidelity import FeatureExtractorBase, calculate_metrics, register_feature_extractor
 from torchvision import datasets
 from torchvision.transforms import functional as transforms
 
 import ddpm
+
+sys.path.append(str(ROOT / 'benchmarks'))
+import own_pictures  # noqa: E402
 
 TRAIN_IMAGES = 'train-images-idx3-ubyte.gz'
 
@@ -349,18 +359,119 @@ def folder_of_pictures(path, size=32):
     return {**TINY, 'dataset': str(path)}
 
 
-def test_a_folder_is_trained_on_resumed_exactly_and_drawn_from(workdir):
-    numbers = folder_of_pictures(workdir / 'pictures', 80) | dict(image_size=64, sample_every=2)
+def test_a_folder_is_trained_on_resumed_exactly_and_drawn_from(workdir, monkeypatch):
+    """Stopped in the middle of an epoch, at a real learning rate; of the checkpoint every bit."""
+    numbers = folder_of_pictures(workdir / 'my ä/图片', 80) | dict(image_size=64, sample_every=2)
+    numbers |= dict(batch_size=2, lr=1e-3)
     ddpm.train(**numbers)
-    for epochs in (1, 2):
-        ddpm.train(**{**numbers, 'num_epochs': epochs, 'checkpoint_path': 'checkpoints/parts'})
-    whole, parts = (ddpm.load_checkpoint(f'checkpoints/{name}') for name in ('tiny', 'parts'))
-    for name, value in whole['weights'].items():
-        assert torch.equal(value, parts['weights'][name])
-    assert whole['unet']['input_channels'] == 3
+    parts = {**numbers, 'checkpoint_path': 'checkpoints/parts'}
+    with monkeypatch.context() as stopped, pytest.raises(SystemExit):
+        at_step(stopped, 3, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        ddpm.train(**parts)
+    assert len(ddpm.load_checkpoint('checkpoints/parts')['losses']) == 3
+    ddpm.train(**parts)
+    whole = ddpm.load_checkpoint('checkpoints/tiny')
+    assert_identical(whole, ddpm.load_checkpoint('checkpoints/parts'))
+    assert len(whole['losses']) == 8 and whole['unet']['input_channels'] == 3
     ddpm.inference('checkpoints/tiny', num_steps=3, num_images=8)
     assert Image.open('outputs/tiny/grid.png').size == (8 * 130 + 2, 130 + 2)
     assert Image.open('outputs/tiny/progress/epoch_002.png').mode == 'RGB'
+
+
+class Averages(FeatureExtractorBase):
+    """The average colours of an image's four quarters, in place of Inception's features, which are
+    a download. It keeps the images that it is given."""
+
+    seen = []
+
+    def __init__(self, name, features, **_):
+        super().__init__(name, features)
+
+    @staticmethod
+    def get_provided_features_list():
+        return ('quarters',)
+
+    def forward(self, images):  # (B, 3, H, W) uint8
+        self.seen.append(images)
+        return (F.adaptive_avg_pool2d(images.double(), 2).flatten(1),)
+
+
+register_feature_extractor('averages', Averages)
+
+
+def fidelity(a, b):
+    """The FID of torch-fidelity, and the images that it found in the two folders."""
+    Averages.seen = []
+    options = dict(fid=True, cuda=False, verbose=False, save_cpu_ram=True, batch_size=1000)
+    options |= dict(feature_extractor='averages', feature_layer_fid='quarters')
+    fid = calculate_metrics(input1=str(a), input2=str(b), samples_find_deep=True, **options)
+    return fid['frechet_inception_distance'], *Averages.seen
+
+
+def frechet(a, b):
+    """|mean_a - mean_b|^2 + tr(A + B - 2 (A^1/2 B A^1/2)^1/2) of the same averages, by numpy."""
+    a, b = (x.numpy().reshape(len(x), 3, 2, 16, 2, 16).mean((3, 5)).reshape(-1, 12) for x in (a, b))
+    A, B = np.cov(a.T), np.cov(b.T)
+    values, vectors = np.linalg.eigh(A)
+    root = vectors * values.clip(0) ** 0.5 @ vectors.T
+    covariance = np.linalg.eigvalsh(root @ B @ root).clip(0) ** 0.5
+    return ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(A + B) - 2 * covariance.sum()
+
+
+@pytest.mark.parametrize('channels', [1, 3])
+def test_samples_and_pictures_are_what_fid_tools_take(workdir, monkeypatch, channels):
+    """torch-fidelity finds in both folders the very pixels that were trained on and drawn."""
+    for i in range(70):
+        save(noise(32, 32, channels, i), workdir / f'pictures/{i % 3}/{i}.png')
+    ddpm.train(**{**TINY, 'dataset': 'pictures'})
+    drawn, process = [], ddpm.reverse_process
+
+    def spy(*arguments):
+        for t, x in process(*arguments):
+            yield t, x
+        drawn.append(ddpm.to_uint8(x))
+
+    monkeypatch.setattr(ddpm, 'reverse_process', spy)
+    monkeypatch.setattr(ddpm, 'DRAWING', dict(num_images=72, num_steps=3, seed=1))
+    monkeypatch.setattr('sys.argv', ['ddpm.py', '--sample', 'checkpoints/tiny'])
+    ddpm.main()
+
+    samples = 'outputs/sample/tiny/72_images_seed_1'
+    fid, theirs, ours = fidelity('pictures', samples)
+    pictures = ddpm.load_images('pictures')
+    assert pictures.shape == (70, channels, 32, 32) and len(drawn) == 1
+    assert torch.equal(theirs, pictures.expand(-1, 3, -1, -1))
+    assert torch.equal(ours, drawn[0].expand(-1, 3, -1, -1))
+    assert fid > 100
+    assert fid == pytest.approx(frechet(theirs, ours), rel=1e-6)
+    assert fidelity(samples, samples)[0] == pytest.approx(0, abs=1e-3)
+
+
+def test_the_worked_example_goes_on_where_it_stopped(workdir, monkeypatch):
+    """Between two faces, and in the middle of an epoch."""
+    monkeypatch.setattr(own_pictures, 'COUNT', 20)
+    monkeypatch.setattr(own_pictures, 'NUMBERS', {**TINY, 'num_time_steps': 4})
+    monkeypatch.setattr(ddpm, 'PREVIEW', {})
+    drawn, face = [], own_pictures.face
+
+    def stopped_face(number):
+        drawn.append(number)
+        if len(drawn) == 7:
+            raise KeyboardInterrupt
+        return face(number)
+
+    monkeypatch.setattr(own_pictures, 'face', stopped_face)
+    with pytest.raises(KeyboardInterrupt):
+        own_pictures.main()
+    with monkeypatch.context() as stopped, pytest.raises(SystemExit):
+        at_step(stopped, 3, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        own_pictures.main()
+    own_pictures.main()
+    assert drawn == [*range(7), *range(6, 20)]  # each once
+    assert len(ddpm.load_checkpoint('checkpoints/tiny')['losses']) == 10
+    assert Path('outputs/tiny/grid.png').exists()
+    faces = ddpm.load_images('outputs/own_pictures/faces')
+    assert faces.shape == (20, 3, 32, 32) and len(faces.unique(dim=0)) == 20
 
 
 @pytest.mark.parametrize('change', ['another picture', 'one less', 'one more', 'another order'])

@@ -22,6 +22,8 @@ import ddpm
 sys.path.append(str(ROOT / 'benchmarks'))
 import full_run  # noqa: E402
 
+pytestmark = pytest.mark.filterwarnings('ignore:Accessing the data pointer of FakeTensor')
+
 UNET = dict(Channels=[2, 4], Attentions=[False, True], Upscales=[False, True], num_groups=1)
 UNET['num_heads'] = 2
 RUN = {**TINY, 'unet': UNET, 'batch_size': 3, 'num_time_steps': 5, 'sample_every': 1}
