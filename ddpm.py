@@ -458,7 +458,7 @@ FULL = dict(  # the article's run, for a machine with a CUDA GPU
     save_minutes=2,  # what kill -9 or a power cut may cost
     sample_every=5,  # epochs between two grids of samples
 )
-PREVIEW = dict(  # the same system made small: five minutes on two CPU cores
+PREVIEW = dict(  # the same system made small: three minutes on two CPU cores
     checkpoint_path='checkpoints/preview',
     dataset='MNIST',
     num_epochs=1,
