@@ -7,12 +7,16 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY_PREVIEW, run_program
+from conftest import ROOT, TINY_PREVIEW, run_program, small_unet
+
+import ddpm
 
 # batch 12, float32 and no dropout: then a run does not depend on how many share its batches but by
 # rounding, which Adam's first steps magnify: hence the small learning rate
@@ -136,3 +140,41 @@ def test_an_error_of_process_0_ends_all_with_one_line(tmp_path):
     _, err = process.communicate(timeout=60)
     assert process.returncode != 0
     assert err.count('ddpm.py: no data') == 1
+
+
+def test_what_is_compiled_is_the_wrapped_model(monkeypatch):
+    """Else all gradients are exchanged at the end of a step. The model's tables stay at home."""
+    calls = []
+
+    class Wrapper(torch.nn.Module):
+        def __init__(self, module, **options):
+            super().__init__()
+            self.module = module
+            calls.append((module, options))
+
+        def compile(self):
+            calls.append('compile')
+
+        def no_sync(self):
+            calls.append('no_sync')
+            return nullcontext()
+
+        def forward(self, x, t):
+            calls.append('forward')
+            return self.module(x, t)
+
+    monkeypatch.setattr(ddpm, 'DistributedDataParallel', Wrapper)
+    model, config = small_unet(), {'batch_size': 4}
+    run = SimpleNamespace(world=2, total=10**6, config=config, image_shape=(1, 32, 32))
+    run.stop_if_asked = lambda: None
+    network = ddpm.parallel_and_compiled(model, run)
+    assert calls == [(model, {'broadcast_buffers': False}), 'compile', 'no_sync', 'forward']
+    assert isinstance(network, Wrapper) and network.module is model
+
+
+def test_more_processes_than_gpus(monkeypatch):
+    for name, value in {'WORLD_SIZE': '4', 'LOCAL_WORLD_SIZE': '4', 'LOCAL_RANK': '0'}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 2)
+    with pytest.raises(ddpm.UserError, match='nproc-per-node must be 2 or less'):
+        ddpm.join_processes()

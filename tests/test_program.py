@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import os
 import re
+import signal
 import struct
 import subprocess
 import sys
@@ -284,6 +285,18 @@ def test_digits_are_dark_on_light_and_nothing_else_is(workdir, monkeypatch):
         ddpm.inference('checkpoints/tiny', num_images=8, num_steps=3, seed=1)
         grids.append(plt.imread('outputs/tiny/grid.png')[2:66, 2:66])
     assert np.allclose(grids[0], 1 - grids[1], atol=0.01)
+
+
+def test_ctrl_c_while_torch_is_imported(tmp_path):
+    command = [sys.executable, '-X', 'importtime', str(ROOT / 'ddpm.py'), '--preview']
+    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    for line in process.stderr:
+        if line.split('|')[-1].strip() == 'numpy':  # torch is to come
+            break
+    process.send_signal(signal.SIGINT)
+    assert 'Traceback' not in process.stderr.read()
+    assert process.wait() == -signal.SIGINT
+    assert not os.listdir(tmp_path)
 
 
 def test_every_line_fits_80_columns(tmp_path):
