@@ -5,15 +5,15 @@
     python ddpm.py --preview   a small UNET, a few minutes on two CPU cores
     torchrun --nproc-per-node=4 ddpm.py     the article's run on several GPUs
 
-Run it again and it goes on where it stopped, or once finished draws anew. Everything to play with
+Run it again there and it goes on where it stopped, or once finished draws anew. All to play with
 stands under EDIT HERE. The method is that of Ho, Jain & Abbeel 2020 (arXiv:2006.11239, "the
 paper") and, for sampling in fewer steps, of Song, Meng & Ermon 2021 (DDIM, arXiv:2010.02502).
 
 Sections 2 to 4 are the article's, in its order and with its names. Then come the numbers to edit
 and main(); what makes all that robust is the appendix below them.
 
-Measured: the weights of --sample took 1 h 32 min on one core of an AMD EPYC (torch 2.15). No GPU
-has done the full run yet; README.md has all figures there are.
+Measured: the weights of --sample took about 3 h 9 min on one core of an AMD EPYC (torch 2.15). No
+GPU has done the full run yet; README.md has all figures there are.
 """
 
 import signal
@@ -30,6 +30,7 @@ import os
 import pickle
 import random
 import re
+import secrets
 import socket
 import sys
 import tempfile
@@ -81,7 +82,7 @@ class SinusoidalEmbeddings(nn.Module):
 
 
 class ResBlock(nn.Module):
-    """Adds the time embedding, then two normalised 3x3 convolutions around a skip."""
+    """Adds the time embedding, then two normalised 3x3 convolutions beside a skip."""
 
     def __init__(self, C: int, num_groups: int, dropout_prob: float):
         super().__init__()
@@ -266,12 +267,13 @@ def train(
     SIGTERM or SIGHUP. seed -1 draws one. dataset is one of DATASETS or a folder of pictures, which
     are cropped and resized to image_size. unet holds the arguments of UNET that differ from its
     defaults. Every sample_every epochs (0: never) a grid of samples, always from the same noise,
-    goes to outputs/NAME OF THE CHECKPOINT/progress. With lr_decay the learning rate rises to lr
-    over the first 3% of the run and falls linearly to 0 at its end; the article's stays the same.
+    goes to outputs/NAME OF THE CHECKPOINT/progress. With lr_decay the learning rate rises to 97%
+    of lr over the first 3% of the run, and falls linearly to 0 at its end; the article's stays.
     beta2 is Adam's: how slowly it forgets the size of the gradients.
 
     Raises UserError (a ValueError) for a number out of range, data or a checkpoint that cannot be
-    used, and a loss that is not finite; SystemExit(128 + signal) when stopped, once saved.
+    used, and a loss that is not finite or is back at its start; SystemExit(128 + signal) when
+    stopped, once saved.
     """
     given = {k: v for k, v in locals().items() if k not in ('checkpoint_path', 'unet')}
     with Run(checkpoint_path or CHECKPOINT, given, unet or {}) as run:
@@ -391,8 +393,9 @@ def inference(
 
     Their grid, its animation, and of the first ten the whole process go to folder (None:
     outputs/NAME OF THE CHECKPOINT), and to windows where there is a screen. More than 64 are also
-    written one by one, as 8-bit PNG files. seed -1 draws one. Raises UserError for a checkpoint or
-    a number that cannot be used.
+    written one by one, as 8-bit PNG files. seed -1 draws one. ema_decay, of the article's
+    signature, changes nothing here. Raises UserError for a checkpoint or a number that cannot be
+    used.
     """
     check_numbers({'seed': seed, 'num_images': num_images})
     if rank_and_world()[0] > 0:
@@ -411,9 +414,10 @@ def inference(
     set_seed(seed)
 
     times = sampling_times(T, num_steps)
-    strip, film = times_to_show(times, T)
+    strip, film_times = times_to_show(times, T)
     batch, frames, drawn = max(1, IMAGES_AT_ONCE * 32**2 // size**2), {}, 0
     folder = Path(folder or OUTPUTS / path.name)
+    folder.mkdir(parents=True, exist_ok=True)  # now, not after the drawing
     one_by_one = Path(folder, f'{num_images}_images_seed_{seed}') if num_images > 64 else None
     all_steps = -(-num_images // batch) * len(times)
     bar = tqdm(None, 'Reverse process', all_steps, bar_format=STEPS_BAR)
@@ -425,7 +429,7 @@ def inference(
                 frames[T] = noise[:64].cpu()
             for t, x in reverse_process(model, noise, scheduler, num_steps):
                 bar.update()
-                if drawn == 0 and t in film:
+                if drawn == 0 and t in film_times:
                     frames[t] = x[:64].cpu()
             if one_by_one:
                 save_one_by_one(x, one_by_one, drawn)
@@ -463,11 +467,11 @@ PREVIEW = dict(  # the same system made small: three minutes on two CPU cores
     dataset='MNIST',
     num_epochs=1,
     batch_size=8,  # many small steps learn more in the time than few large ones
-    lr=3e-3,  # 6e-3 diverges
+    lr=3e-3,  # 6e-3 diverges; halve it where you double Channels
     lr_decay=True,
     beta2=0.99,  # a shorter memory than 0.999, for a short run
     ema_decay=0.99,
-    num_time_steps=500,  # by then all is noise; what is left of the 1000 teaches little
+    num_time_steps=500,  # each larger than one of 1000; 8% of the digit are left in the last
     unet=dict(
         Channels=[8, 16, 32, 64, 64, 48],
         Attentions=[False] * 6,
@@ -498,7 +502,7 @@ def main():
     choice.add_argument('--sample', nargs='?', const=SHIPPED, metavar='CHECKPOINT', help=sample)
     args = parser.parse_args()
     with as_a_program():
-        if args.sample:
+        if args.sample is not None:
             folder = OUTPUTS / 'sample' / Path(args.sample).name
             return inference(args.sample, folder=folder, **DRAWING)
         full = args.full or (torch.cuda.is_available() and not args.preview)
@@ -631,6 +635,7 @@ def parallel_and_compiled(model, run):
     # run.total, not what is left of it: a run that goes on must compute as it did before
     if run.total < LONG_RUN or device.type == 'mps':
         return network
+    print_once('Compiling the UNET ...')
     network.compile()
     try:  # a whole step, so that what cannot be compiled shows here
         with network.no_sync() if run.world > 1 else nullcontext(), autocast(device):
@@ -649,11 +654,11 @@ def parallel_and_compiled(model, run):
 
 def fresh_seed():
     """A seed that no earlier set_seed decides."""
-    return random.SystemRandom().randrange(2**32)
+    return secrets.randbits(32)
 
 
 def seed_of(seed, stream, index):
-    """A seed for the index-th use of a stream of random numbers: unrelated to all the others."""
+    """A seed for the index-th use of a stream of random numbers, unrelated to that of any other."""
     return int(np.random.SeedSequence((seed, stream, index)).generate_state(1)[0])
 
 
@@ -681,6 +686,8 @@ def as_a_program():
         line = reason(error)
         if re.search("out of memory|can't allocate memory", str(error)):  # CUDA and MPS; the CPU
             line = 'out of memory: lower batch_size or the Channels of unet, under EDIT HERE'
+        elif 'unexpected keyword' in line:
+            line += ': a name under EDIT HERE is misspelt'
         elif not isinstance(error, UserError | OSError | MemoryError):
             raise
         sys.exit(f'ddpm.py: {line}')
@@ -731,6 +738,10 @@ def check_numbers(config):
 
 def check_unet(Channels, Attentions, Upscales, num_groups, dropout_prob, num_heads, **others):
     """Raises UserError, saying what would be right, where a UNET's arguments do not fit."""
+    lists = {'Channels': Channels, 'Attentions': Attentions, 'Upscales': Upscales}
+    for name, value in lists.items():
+        if not isinstance(value, list | tuple | np.ndarray):
+            raise UserError(f'{name} is {value!r}, but must be a list, one entry a layer')
     n, half = len(Channels), len(Channels) // 2
     if n < 2 or n % 2 or len(Attentions) != n or len(Upscales) != n:
         raise UserError(
@@ -767,7 +778,9 @@ def unet_arguments(unet, channels, num_time_steps):
     for name, value in of_data.items():
         if unet.get(name, value) != value:
             raise UserError(f'unet has {name}={unet[name]!r}, but here it must be {value}')
-    return {**UNET_DEFAULTS, **unet, **of_data}
+    unet = {**UNET_DEFAULTS, **unet, **of_data}
+    check_unet(**unet)
+    return unet
 
 
 def checked_times(model, x, t):
@@ -855,8 +868,10 @@ def load_folder(folder, size):
             with Image.open(path) as picture:
                 if picture.mode.startswith('I'):  # 16 bits, which Pillow would clip
                     picture = Image.fromarray((np.asarray(picture) // 256).astype(np.uint8))
-                picture = ImageOps.exif_transpose(picture).convert('RGB')
-                return np.asarray(ImageOps.fit(picture, (size, size), Image.Resampling.LANCZOS))
+                picture = ImageOps.exif_transpose(picture).convert('RGBA')
+                picture = ImageOps.fit(picture, (size, size), Image.Resampling.LANCZOS)
+                white = Image.new('RGBA', picture.size, 'white')  # behind what is transparent
+                return np.asarray(Image.alpha_composite(white, picture).convert('RGB'))
         except Exception as error:  # each format has errors of its own
             tqdm.write(f'{path} is left out: {reason(error)}', file=sys.stderr)
 
@@ -879,7 +894,7 @@ def to_input(images):
 
 
 def to_uint8(x):
-    """float -> uint8, the inverse of to_input, padding included: clamped to [0, 1] and rounded."""
+    """float -> uint8, clamped to [0, 1] and rounded; what to_input has padded stays."""
     return (x.float().clamp(0, 1) * 255).round().byte()
 
 
@@ -994,7 +1009,6 @@ class Run:
             if saved['scaler']:
                 scaler.load_state_dict(saved['scaler'])
             print_once(f'{self.path}: going on after {self.progress()}')
-        self.began, self.began_at = self.done, time.monotonic()
         self.next_save = time.monotonic() + 60 * self.config['save_minutes']
         if threading.current_thread() is threading.main_thread():  # no other may set handlers
             for signum in (signal.SIGINT, signal.SIGTERM, getattr(signal, 'SIGHUP', signal.SIGINT)):
@@ -1014,7 +1028,8 @@ class Run:
     def steps_left(self, epoch):
         """Yields the steps that are left of an epoch, under a bar."""
         size, first = self.config['batch_size'], self.done - epoch * self.steps
-        self.began_epoch = self.done - self.updates()
+        self.began, self.began_at = self.done, time.monotonic()
+        self.skipped_before = self.done - self.updates()
         name, how = f'Epoch {epoch + 1}/{self.config["num_epochs"]}', dict(unit=' img')
         how |= dict(initial=first * size, mininterval=0.5, disable=self.rank > 0)
         how['bar_format'] = BAR + '{rate_noinv_fmt}{postfix}'
@@ -1062,13 +1077,17 @@ class Run:
 
     def skipped(self):
         """A word about the steps of this epoch that float16 has skipped."""
-        count = self.done - self.updates() - self.began_epoch
+        count = self.done - self.updates() - self.skipped_before
         return f' | {count} steps skipped, for float16 overflowed' if count else ''
 
     def save(self, last):
         """Writes the checkpoint. Raises UserError if the run has diverged, or if the file cannot be
         written and there will be no later chance."""
         self.mean_loss((self.done - 1) // self.steps)
+        rows = self.done // 100
+        losses = self.losses[: rows * 100].cpu().view(rows, 100).median(dim=1).values.tolist()
+        if losses and losses[-1] > 0.9 and min(losses) < 0.5:  # 1 is that of predicting nothing
+            raise UserError(f'the run has diverged, its loss is {losses[-1]:.3g} again{TOO_FAR}')
         self.next_save = time.monotonic() + 60 * self.config['save_minutes']
         if self.rank:
             return
@@ -1159,7 +1178,7 @@ def load_checkpoint(path, to_train=False):
             warnings.simplefilter('ignore')  # about unusual pickles: the error below says enough
             saved = torch.load(path, map_location='cpu', weights_only=True)
         rest = {'config': {}, 'losses': torch.zeros(0), 'scaler': {}, 'steps': 0}
-        saved = {'unet': UNET_DEFAULTS, **rest, **saved}
+        saved = {**rest, **saved, 'unet': {**UNET_DEFAULTS, **saved.get('unet', {})}}
         check_numbers({**saved['config'], 'steps': saved['steps']})
         if drawing_only := not saved.keys() & {'weights', 'optimizer'}:
             saved['ema'] = {name: value.float() for name, value in saved['ema'].items()}
@@ -1167,8 +1186,9 @@ def load_checkpoint(path, to_train=False):
     except FileNotFoundError:
         raise UserError(f'there is no checkpoint {path}: train first') from None
     except Exception as error:  # whatever a damaged or hostile file sets off
-        unsafe = isinstance(error, pickle.UnpicklingError)
-        why = 'it holds more than tensors and plain values' if unsafe else reason(error, -1)
+        why = reason(error, -1)
+        if isinstance(error, pickle.UnpicklingError):
+            why = 'it is none, or holds more than tensors and plain values'
         raise UserError(
             f'{path} is not a usable checkpoint: {why}. It stays as it is: to start afresh, move '
             'it away or change checkpoint_path'
@@ -1190,6 +1210,8 @@ def check_tensors(saved):
     for part in parts[:2]:
         entries = {name.removeprefix('module.'): value for name, value in saved[part].items()}
         model.load_state_dict(entries, assign=True)  # raises where names or shapes differ
+        prefix = 'module.' if part == 'ema' else ''
+        saved[part] = {prefix + name: value for name, value in entries.items()}
         tensors |= {f'{part} {name}': (value, value.shape) for name, value in entries.items()}
     moments = saved['optimizer'].get('state') if 'optimizer' in parts else {}
     shapes = [parameter.shape for parameter in model.parameters()]
@@ -1216,11 +1238,11 @@ def is_ink(config):
 
 @contextmanager
 def picture_or_line(what):
-    """Where a picture cannot be written, training goes on without it."""
+    """Where a picture cannot be written, the run goes on without it."""
     try:
         yield
     except OSError as error:
-        tqdm.write(f'cannot write {what} ({error}); training goes on', file=sys.stderr)
+        tqdm.write(f'cannot write {what} ({error}); going on without', file=sys.stderr)
 
 
 def times_to_show(times, T):
@@ -1268,7 +1290,6 @@ def save_one_by_one(x, folder, first):
 
 def draw_reverse_process(frames, strip, folder, dark_on_light):
     """frames: {t: (B, C, H, W)} from noise to images; strip: the times to show side by side."""
-    folder.mkdir(parents=True, exist_ok=True)
     frames = {t: x.clamp(0, 1) for t, x in frames.items()}
     if dark_on_light:
         frames = {t: 1 - x for t, x in frames.items()}

@@ -325,6 +325,15 @@ def test_a_photograph_on_its_side_is_turned(tmp_path):
     assert torch.equal(ddpm.load_images(str(tmp_path))[0], torch.tensor(expected).permute(2, 0, 1))
 
 
+def test_what_is_transparent_lies_on_white(tmp_path):
+    picture = np.zeros((32, 32, 4), np.uint8)  # black
+    picture[8:24, 8:24, 3] = 255  # where it can be seen
+    Image.fromarray(picture, 'RGBA').save(tmp_path / 'a.png')
+    (image,) = ddpm.load_images(str(tmp_path))
+    assert image.shape == (1, 32, 32)
+    assert (image[0] == 255 - torch.from_numpy(picture[..., 3])).all()
+
+
 def test_what_cannot_be_read_is_named_and_left_out(tmp_path, capfd):
     for name in ('a.png', 'b.jpg', 'c.png', 'd.png'):
         save(noise(32, 32), tmp_path / name)

@@ -53,6 +53,9 @@ def test_other_arguments_that_cannot_be(workdir):
         ddpm.train(**{**TINY, 'checkpoint_path': 'file/checkpoint'})
     with pytest.raises(ValueError, match='no checkpoint nowhere: train first'):
         ddpm.inference('nowhere')
+    for name, value in (('Channels', 64), ('Attentions', False), ('Upscales', None)):
+        with pytest.raises(ddpm.UserError, match=f'{name} is {value}, but must be a list'):
+            ddpm.train(**{**TINY, 'unet': {**SMALL, name: value}})
     assert not Path('checkpoints/tiny').exists()
 
 
@@ -234,6 +237,46 @@ def test_a_loss_that_is_not_finite_keeps_the_last_good_checkpoint(workdir, monke
     assert saved['losses'][:3].tolist() == torch.load(io.BytesIO(before))['losses'].tolist()
 
 
+def test_a_loss_back_at_that_of_predicting_nothing_keeps_the_last_good_checkpoint(
+    workdir, monkeypatch
+):
+    """As an lr that is too high leaves it. A single bad step is no divergence."""
+    loss, values = ddpm.diffusion_loss, [0.1] * 150 + [1e4] + [0.1] * 150 + [1.0] * 200
+    values = iter(values)
+    monkeypatch.setattr(ddpm, 'diffusion_loss', lambda *a: loss(*a) * 0 + next(values))
+    ddpm.train(**{**TINY, 'num_epochs': 100})
+    before = Path('checkpoints/tiny').read_bytes()
+    with pytest.raises(ddpm.UserError, match='has diverged, its loss is 1 again: lower lr'):
+        ddpm.train(**{**TINY, 'num_epochs': 140})
+    assert Path('checkpoints/tiny').read_bytes() == before
+
+
+def test_a_loss_that_never_fell_is_saved(workdir, monkeypatch):
+    loss = ddpm.diffusion_loss
+    monkeypatch.setattr(ddpm, 'diffusion_loss', lambda *a: loss(*a) * 0 + 1)
+    ddpm.train(**{**TINY, 'num_epochs': 70})
+    assert len(ddpm.load_checkpoint('checkpoints/tiny')['losses']) == 210
+
+
+def test_names_with_and_without_the_prefix_of_the_average_are_read(workdir, good):
+    """Also a UNET that names only what differs from the defaults."""
+
+    def change(state):
+        state['ema'] = {k.removeprefix('module.'): v for k, v in state['ema'].items()}
+        state['weights'] = {f'module.{k}': v for k, v in state['weights'].items()}
+        del state['unet']['input_channels']
+
+    Path('tiny').write_bytes(good)
+    as_saved = ddpm.load_checkpoint('tiny')
+    Path('tiny').write_bytes(changed(change)(good))
+    saved = ddpm.load_checkpoint('tiny')
+    assert saved['unet'] == as_saved['unet']
+    for part in ('weights', 'ema'):
+        assert saved[part].keys() == as_saved[part].keys()
+    ddpm.inference('tiny', num_images=2, num_steps=3)
+    ddpm.train(**{**TINY, 'checkpoint_path': 'tiny', 'num_epochs': 3})
+
+
 def test_weights_that_are_not_finite_are_not_saved(workdir, monkeypatch):
     step = torch.optim.Adam.step
 
@@ -249,6 +292,10 @@ def test_weights_that_are_not_finite_are_not_saved(workdir, monkeypatch):
 
 ERRORS = {
     'bad number': ("ddpm.PREVIEW.update(lr=float('nan'))", 'ddpm.py: lr is nan'),
+    'misspelt': (
+        'ddpm.PREVIEW.update(batchsize=8)',
+        "argument 'batchsize': a name under EDIT HERE",
+    ),
     'bad UNET': ("ddpm.PREVIEW['unet'] = dict(num_groups=7)", 'num_groups 7 does not divide'),
     'no memory': (
         'def f(*a): raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")\n'

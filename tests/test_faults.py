@@ -341,7 +341,16 @@ def test_pictures_that_cannot_be_written_stop_nothing(workdir, capfd):
     Path('outputs').write_text('a file')
     ddpm.train(**{**TINY, 'sample_every': 1})
     assert len(ddpm.load_checkpoint('checkpoints/tiny')['losses']) == 6
-    assert capfd.readouterr().err.count('training goes on') == 3  # two grids and the loss curve
+    assert capfd.readouterr().err.count('going on without') == 3  # two grids and the loss curve
+
+
+def test_a_folder_that_cannot_be_made_is_found_before_the_drawing(workdir, monkeypatch):
+    ddpm.train(**TINY)
+    shutil.rmtree('outputs', ignore_errors=True)
+    Path('outputs').write_text('a file')
+    monkeypatch.setattr(ddpm, 'reverse_process', lambda *_: pytest.fail('drawn for nothing'))
+    with pytest.raises(OSError, match='outputs'):
+        ddpm.inference('checkpoints/tiny')
 
 
 def test_a_deleted_folder_is_made_again(workdir, monkeypatch):
