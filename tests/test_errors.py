@@ -241,7 +241,7 @@ def test_a_loss_back_at_that_of_predicting_nothing_keeps_the_last_good_checkpoin
     workdir, monkeypatch
 ):
     """As an lr that is too high leaves it. A single bad step is no divergence."""
-    loss, values = ddpm.diffusion_loss, [0.1] * 150 + [1e4] + [0.1] * 150 + [1.0] * 200
+    loss, values = ddpm.diffusion_loss, [0.1] * 250 + [1e4] + [0.1] * 50 + [1.0] * 200
     values = iter(values)
     monkeypatch.setattr(ddpm, 'diffusion_loss', lambda *a: loss(*a) * 0 + next(values))
     ddpm.train(**{**TINY, 'num_epochs': 100})

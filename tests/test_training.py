@@ -1,5 +1,6 @@
 """Training as a whole: it learns, averages, resumes, and takes the article's checkpoints."""
 
+import time
 from pathlib import Path
 
 import pytest
@@ -325,6 +326,25 @@ def test_an_overflow_of_float16_is_a_skipped_step_and_no_divergence(
     monkeypatch.setattr(ddpm, 'diffusion_loss', lambda *a: loss(*a) * float('nan'))
     with pytest.raises(ddpm.UserError, match='the loss is nan in epoch'):
         ddpm.train(**{**TINY, 'num_epochs': 12})
+
+
+def test_the_time_to_go_does_not_count_what_comes_before_the_first_step(workdir, monkeypatch):
+    """As compiling does, for a minute."""
+    compiled, step_done, ends = ddpm.parallel_and_compiled, ddpm.Run.step_done, []
+
+    def slow(*arguments):
+        network = compiled(*arguments)
+        ends.append(time.monotonic())
+        return network
+
+    def spy(run, loss):
+        assert (run.began, run.began_at > ends[0]) == (run.done // 3 * 3, True)
+        step_done(run, loss)
+
+    monkeypatch.setattr(ddpm, 'parallel_and_compiled', slow)
+    monkeypatch.setattr(ddpm.Run, 'step_done', spy)
+    ddpm.train(**TINY)
+    assert ends
 
 
 def test_checkpoints_move_through_weights_only_loading(workdir):
