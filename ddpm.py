@@ -5,9 +5,9 @@
     python ddpm.py --preview   a small UNET, a few minutes on two CPU cores
     torchrun --nproc-per-node=4 ddpm.py     the article's run on several GPUs
 
-Run it again there and it goes on where it stopped, or once finished draws anew. All to play with
-stands under EDIT HERE. The method is that of Ho, Jain & Abbeel 2020 (arXiv:2006.11239, "the
-paper") and, for sampling in fewer steps, of Song, Meng & Ermon 2021 (DDIM, arXiv:2010.02502).
+Run it again in the same folder and it goes on where it stopped, or once finished draws anew. All
+to play with stands under EDIT HERE. The method is that of Ho, Jain & Abbeel 2020 (arXiv:2006.11239,
+"the paper") and, for sampling in fewer steps, of Song, Meng & Ermon 2021 (DDIM, arXiv:2010.02502).
 
 Sections 2 to 4 are the article's, in its order and with its names. Then come the numbers to edit
 and main(); what makes all that robust is the appendix below them.
@@ -410,12 +410,13 @@ def inference(
     ema.load_state_dict(saved['ema'])
     model = to_device(ema.module, device)
     scheduler = DDPM_Scheduler(T).to(device)
-    seed = fresh_seed() if seed == -1 else seed
+    seed = secrets.randbits(32) if seed == -1 else seed  # which no earlier set_seed decides
     set_seed(seed)
 
     times = sampling_times(T, num_steps)
     strip, film_times = times_to_show(times, T)
-    batch, frames, drawn = max(1, IMAGES_AT_ONCE * 32**2 // size**2), {}, 0
+    batch = max(1, IMAGES_AT_ONCE[device.type] * 32**2 // size**2)
+    frames, drawn = {}, 0
     folder = Path(folder or OUTPUTS / path.name)
     folder.mkdir(parents=True, exist_ok=True)  # now, not after the drawing
     one_by_one = Path(folder, f'{num_images}_images_seed_{seed}') if num_images > 64 else None
@@ -502,6 +503,7 @@ def main():
     choice.add_argument('--sample', nargs='?', const=SHIPPED, metavar='CHECKPOINT', help=sample)
     args = parser.parse_args()
     with as_a_program():
+        check_names(inference, DRAWING)
         if args.sample is not None:
             folder = OUTPUTS / 'sample' / Path(args.sample).name
             return inference(args.sample, folder=folder, **DRAWING)
@@ -509,6 +511,7 @@ def main():
         if not (full or args.preview):
             print_once('No CUDA GPU here: this is the preview. --full trains for days on a CPU.')
         numbers = FULL if full else PREVIEW
+        check_names(train, numbers)
         train(**numbers)
         inference(numbers['checkpoint_path'], **DRAWING)
 
@@ -526,8 +529,8 @@ NETWORK_SECONDS = 10  # of silence, after which a download is given up
 LONG_RUN = 10_000  # steps from which on compiling the model pays for the minute it takes
 DDIM_STEPS = 50  # of the grids that show a run's progress
 STRIP_TIMES = (999, 700, 550, 400, 300, 200, 100, 50, 15)  # of the article's strip, for T = 1000
-# of 32 x 32, as is quickest: 500 take 10 GB with a UNET of full size, 100 fit a CPU's cache
-IMAGES_AT_ONCE = 500 if torch.cuda.is_available() else 100
+# of 32 x 32: 500 take 10 GB with a UNET of full size, 100 are the quickest on a CPU
+IMAGES_AT_ONCE = {'cuda': 500, 'mps': 100, 'cpu': 100}
 TOO_FAR = ': lower lr. Only what was saved before is kept'
 BAR = '{desc} {percentage:3.0f}%|{bar:12}| '
 STEPS_BAR = BAR + '{n_fmt}/{total_fmt} steps, {remaining} to go'
@@ -652,11 +655,6 @@ def parallel_and_compiled(model, run):
     return network
 
 
-def fresh_seed():
-    """A seed that no earlier set_seed decides."""
-    return secrets.randbits(32)
-
-
 def seed_of(seed, stream, index):
     """A seed for the index-th use of a stream of random numbers, unrelated to that of any other."""
     return int(np.random.SeedSequence((seed, stream, index)).generate_state(1)[0])
@@ -686,8 +684,6 @@ def as_a_program():
         line = reason(error)
         if re.search("out of memory|can't allocate memory", str(error)):  # CUDA and MPS; the CPU
             line = 'out of memory: lower batch_size or the Channels of unet, under EDIT HERE'
-        elif 'unexpected keyword' in line:
-            line += ': a name under EDIT HERE is misspelt'
         elif not isinstance(error, UserError | OSError | MemoryError):
             raise
         sys.exit(f'ddpm.py: {line}')
@@ -734,6 +730,14 @@ def check_numbers(config):
     for name, limits in NUMBERS.items():
         if name in config:
             check_number(name, config[name], *limits)
+
+
+def check_names(function, numbers):
+    """Raises UserError where numbers has a name that the function does not take."""
+    try:
+        inspect.signature(function).bind(**numbers)
+    except TypeError as error:
+        raise UserError(f'{error}: a name under EDIT HERE is misspelt') from None
 
 
 def check_unet(Channels, Attentions, Upscales, num_groups, dropout_prob, num_heads, **others):
@@ -946,7 +950,7 @@ class Run:
         """Reads the checkpoint, if there is one. Raises UserError if it is that of another run."""
         saved = load_checkpoint(self.path, to_train=True) if self.path.exists() else None
         self.saved, self.before = saved, {**saved['unet'], **saved['config']} if saved else {}
-        fresh = largest_of_all(fresh_seed())[0]
+        fresh = largest_of_all(secrets.randbits(32))[0]
         if self.config['seed'] == -1:
             self.config['seed'] = self.before.get('seed', fresh)
         self.seed = self.config['seed']
@@ -1084,10 +1088,10 @@ class Run:
         """Writes the checkpoint. Raises UserError if the run has diverged, or if the file cannot be
         written and there will be no later chance."""
         self.mean_loss((self.done - 1) // self.steps)
-        rows = self.done // 100
-        losses = self.losses[: rows * 100].cpu().view(rows, 100).median(dim=1).values.tolist()
-        if losses and losses[-1] > 0.9 and min(losses) < 0.5:  # 1 is that of predicting nothing
-            raise UserError(f'the run has diverged, its loss is {losses[-1]:.3g} again{TOO_FAR}')
+        losses = self.losses[: self.done].cpu()
+        best, recent = losses.nan_to_num(1).min().item(), losses[-20:].nanmedian().item()
+        if best < 0.5 and recent > 0.9:  # 1 is the loss of predicting nothing
+            raise UserError(f'the run has diverged, its loss is {recent:.3g} again{TOO_FAR}')
         self.next_save = time.monotonic() + 60 * self.config['save_minutes']
         if self.rank:
             return
@@ -1183,6 +1187,10 @@ def load_checkpoint(path, to_train=False):
         if drawing_only := not saved.keys() & {'weights', 'optimizer'}:
             saved['ema'] = {name: value.float() for name, value in saved['ema'].items()}
         check_tensors(saved)
+        prefixes = {'weights': '', 'ema': 'module.'}  # of the names that model and average load
+        for part in prefixes.keys() & saved.keys():
+            entries = {name.removeprefix('module.'): value for name, value in saved[part].items()}
+            saved[part] = {prefixes[part] + name: value for name, value in entries.items()}
     except FileNotFoundError:
         raise UserError(f'there is no checkpoint {path}: train first') from None
     except Exception as error:  # whatever a damaged or hostile file sets off
@@ -1210,8 +1218,6 @@ def check_tensors(saved):
     for part in parts[:2]:
         entries = {name.removeprefix('module.'): value for name, value in saved[part].items()}
         model.load_state_dict(entries, assign=True)  # raises where names or shapes differ
-        prefix = 'module.' if part == 'ema' else ''
-        saved[part] = {prefix + name: value for name, value in entries.items()}
         tensors |= {f'{part} {name}': (value, value.shape) for name, value in entries.items()}
     moments = saved['optimizer'].get('state') if 'optimizer' in parts else {}
     shapes = [parameter.shape for parameter in model.parameters()]

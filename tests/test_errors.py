@@ -241,13 +241,13 @@ def test_a_loss_back_at_that_of_predicting_nothing_keeps_the_last_good_checkpoin
     workdir, monkeypatch
 ):
     """As an lr that is too high leaves it. A single bad step is no divergence."""
-    loss, values = ddpm.diffusion_loss, [0.1] * 250 + [1e4] + [0.1] * 50 + [1.0] * 200
+    loss, values = ddpm.diffusion_loss, [0.1] * 290 + [1e4] + [0.1] * 9 + [1.0] * 30
     values = iter(values)
     monkeypatch.setattr(ddpm, 'diffusion_loss', lambda *a: loss(*a) * 0 + next(values))
     ddpm.train(**{**TINY, 'num_epochs': 100})
     before = Path('checkpoints/tiny').read_bytes()
     with pytest.raises(ddpm.UserError, match='has diverged, its loss is 1 again: lower lr'):
-        ddpm.train(**{**TINY, 'num_epochs': 140})
+        ddpm.train(**{**TINY, 'num_epochs': 110})  # 30 steps are enough to tell
     assert Path('checkpoints/tiny').read_bytes() == before
 
 
@@ -292,6 +292,10 @@ def test_weights_that_are_not_finite_are_not_saved(workdir, monkeypatch):
 
 ERRORS = {
     'bad number': ("ddpm.PREVIEW.update(lr=float('nan'))", 'ddpm.py: lr is nan'),
+    'misspelt, for the drawing after it': (
+        'ddpm.DRAWING.update(steps=8); ddpm.train = None',
+        "argument 'steps': a name under EDIT HERE",
+    ),
     'misspelt': (
         'ddpm.PREVIEW.update(batchsize=8)',
         "argument 'batchsize': a name under EDIT HERE",

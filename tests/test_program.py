@@ -210,7 +210,7 @@ def png(folder):
 def test_many_images_are_files_of_eight_bits(workdir, monkeypatch, capsys, float32):
     """In batches, as they are in the data: light on dark, padded."""
     ddpm.train(**TINY)
-    monkeypatch.setattr(ddpm, 'IMAGES_AT_ONCE', 40)
+    monkeypatch.setattr(ddpm, 'IMAGES_AT_ONCE', {'cpu': 40})
     sizes, process = [], ddpm.reverse_process
     drawn = []
 
@@ -233,7 +233,7 @@ def test_many_images_are_files_of_eight_bits(workdir, monkeypatch, capsys, float
 
 def test_a_stop_keeps_the_images_that_are_finished(workdir, monkeypatch, capsys):
     ddpm.train(**TINY)
-    monkeypatch.setattr(ddpm, 'IMAGES_AT_ONCE', 40)
+    monkeypatch.setattr(ddpm, 'IMAGES_AT_ONCE', {'cpu': 40})
     process, calls = ddpm.reverse_process, []
 
     def stopped(*arguments):
