@@ -1,12 +1,13 @@
-"""What is each choice worth? The preview trained and drawn from with one thing changed at a time.
+"""What is each choice worth? A small UNET, one thing changed at a time.
 
     pip install -r benchmarks/requirements.txt
     OMP_NUM_THREADS=1 python benchmarks/ablations.py [--samples 1000]
 
-Trains PREVIEW for two epochs, then the same with each of CHANGES made to it, and measures N samples
-of each by the functions of quality.py. A change is made here, by other numbers or by what stands in
-the place of a name of ddpm.py while its own `train` runs. What concerns sampling only is drawn from
-the weights of the baseline. All is about a short training of a small UNET.
+Trains the UNET of PREVIEW for two epochs, then the same with each of CHANGES made to it, and
+measures N samples of each by the functions of quality.py. A change is made here, by other numbers
+or by what stands in the place of a name of ddpm.py while its own `train` runs. What concerns
+sampling only is drawn from the weights of the baseline. All is about a short training of a small
+UNET.
 
 What is done is kept in outputs/ablations/ and checkpoints/ablations/: called again it goes on where
 it stopped, also within a training; to measure a change anew delete its files there. Every part
@@ -43,7 +44,8 @@ from speed import processor, table  # noqa: E402
 import ddpm  # noqa: E402
 
 EPOCHS = 2  # of each training
-TRAINING_COST = 2.6  # of an image, against a step of drawing one, as measured on a CPU
+BASE = dict(batch_size=8, lr=3e-3, seed=0)  # on one thread, the smaller the batches the better
+TRAINING_COST = 5  # of an image, against a step of drawing one, as measured on a CPU
 ATTENTION_COST = 2.5  # likewise, of a network with attention against one without
 GROUPS = ('training', 'network', 'sampling')
 RESULT = quality.RESULTS / 'ablations.json'
@@ -198,7 +200,11 @@ def ddim(steps, eta, clip):
 LONG, COSINE, CLIPPED = 'T = 1000', 'cosine schedule', 'x_0 clipped'
 PLAIN, DROPOUT = "the article's attention", 'attention, dropout 0.1'
 ATTENTION = dict(Attentions=[False, True, False, False, False, True])  # where the article has it
-WIDE = dict(Channels=[2 * C for C in ddpm.PREVIEW['unet']['Channels']], num_epochs=EPOCHS // 2)
+WIDE = dict(  # at the baseline's lr it diverges
+    Channels=[2 * C for C in ddpm.PREVIEW['unet']['Channels']],
+    num_epochs=EPOCHS // 2,
+    lr=BASE['lr'] / 2,
+)
 SYMMETRIC = {
     'to_input': lambda images, to_input=ddpm.to_input: 2 * to_input(images) - 1,
     'reverse_process': sampler(to_image=lambda x: (x + 1) / 2),
@@ -217,7 +223,7 @@ V = {  # Salimans & Ho 2022
     'reverse_process': sampler(to_eps=lambda v, x, a: a.sqrt() * v + (1 - a).sqrt() * x),
 }
 LIST = [
-    training(BASELINE, 'The numbers of the preview.'),
+    training(BASELINE, "The preview's, but for smaller batches."),
     training(SEED, 'The spread between runs.', seed=1),
     training('without the EMA', 'It is steadier than the last step.', BASELINE, part='weights'),
     training('EMA 0.9999', "The article's: over some 10,000 steps.", ema_decay=0.9999),
@@ -239,7 +245,7 @@ LIST = [
     network('no skips between halves', 'Skips pass on what is fine.', UnetLayer=Skipless),
     network(PLAIN, 'With it far parts of a digit see each other.', **ATTENTION),
     network('attention, norm and skip', "The paper's.", Attention=NormedAttention, **ATTENTION),
-    network('2x wide, half the steps', 'More weights for fewer steps.', **WIDE),
+    network('2x wide, half the steps', 'More weights for fewer steps; half the lr.', **WIDE),
     change('sampling', NOISE, 'The spread between sets of samples.', BASELINE, noise=1),
     sampling(CLIPPED, "The article's sampler leaves x_0 free.", clip=True),
     sampling('sigma² = beta-tilde', "The paper's second choice.", variance=lambda _, b: b),
@@ -272,9 +278,9 @@ def file_name(change):
 def numbers_of(change):
     """The arguments of ddpm.train with which the weights for a change are made."""
     change = CHANGES[change.weights]
-    own = dict(num_epochs=EPOCHS, seed=0, sample_every=0, unet=ddpm.PREVIEW['unet'] | change.unet)
+    own = dict(num_epochs=EPOCHS, sample_every=0, unet=ddpm.PREVIEW['unet'] | change.unet)
     own['checkpoint_path'] = f'checkpoints/ablations/{file_name(change)}'
-    return {**ddpm.PREVIEW, **own, **change.numbers}
+    return {**ddpm.PREVIEW, **BASE, **own, **change.numbers}
 
 
 def make(change, samples, device):

@@ -100,6 +100,9 @@ def draw(model, count, steps, seed, device):
     scheduler = ddpm.DDPM_Scheduler(model.time_steps).to(device)
     size = 2500 if device.type == 'cuda' else 100  # as is quickest
     sizes = [min(size, count - start) for start in range(0, count, size)]
+    if device.type == 'cpu' and count * steps >= 100_000:  # worth the time that compiling takes
+        torch._dynamo.config.suppress_errors = True  # without a compiler as it is
+        model.compile()
     torch.manual_seed(seed)
     samples = []
     with tqdm(None, f'{count} samples', len(sizes) * steps, unit='step') as bar:

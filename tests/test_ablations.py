@@ -199,7 +199,7 @@ def test_each_change_changes_what_it_names_and_nothing_else():
     base = ablations.numbers_of(CHANGES[BASELINE])
     assert base['num_epochs'] == 2 and base['seed'] == 0 and base['unet'] == ddpm.PREVIEW['unet']
     numbers = {k: v for k, v in base.items() if v != ddpm.PREVIEW[k]}
-    assert numbers.keys() == {'num_epochs', 'seed', 'sample_every', 'checkpoint_path'}
+    assert numbers.keys() == {*ablations.BASE, 'sample_every', 'checkpoint_path'}
     expected = {
         'another seed': {'seed': 1},
         'EMA 0.9999': {'ema_decay': 0.9999},
@@ -207,7 +207,11 @@ def test_each_change_changes_what_it_names_and_nothing_else():
         'batch 64': {'batch_size': 64},
         'T = 1000': {'num_time_steps': 1000},
         '[-1, 1] data, T = 1000': {'num_time_steps': 1000},
-        '2x wide, half the steps': {'num_epochs': 1, 'Channels': [16, 32, 64, 128, 128, 96]},
+        '2x wide, half the steps': {
+            'num_epochs': 1,
+            'lr': 1.5e-3,
+            'Channels': [16, 32, 64, 128, 128, 96],
+        },
         "the article's attention": ablations.ATTENTION,
         'attention, norm and skip': ablations.ATTENTION,
         'attention, dropout 0.1': {**ablations.ATTENTION, 'dropout_prob': 0.1},
@@ -255,7 +259,8 @@ def test_the_whole_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(quality, 'EPOCHS', 1)
     monkeypatch.setattr(ddpm, 'load_images', lambda *_: images[:8])
     monkeypatch.setattr(ddpm, 'draw_losses', lambda *_: None)
-    monkeypatch.setattr(ddpm, 'PREVIEW', ddpm.PREVIEW | {'num_time_steps': 3, 'batch_size': 4})
+    monkeypatch.setattr(ddpm, 'PREVIEW', ddpm.PREVIEW | {'num_time_steps': 3})
+    monkeypatch.setitem(ablations.BASE, 'batch_size', 4)
     for name in ('RESULT', 'FIGURE'):
         monkeypatch.setattr(ablations, name, tmp_path / getattr(ablations, name).name)
     for change in LIST:
