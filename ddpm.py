@@ -342,29 +342,27 @@ def sampling_times(num_time_steps: int, num_steps: int | None = None) -> list:
 def reverse_process(model, x, scheduler, num_steps: int | None = None):
     """Turns noise into images; yields (t, x) after every step, from t = T-1 down to 0.
 
-    x (B, C, H, W) ~ N(0, I), on the device of model and scheduler. With num_steps of None or T
-    this is Algorithm 2 of the paper with sigma_t^2 = beta_t, and x is yielded before the step's
-    noise is added. With fewer steps it is DDIM (Song et al. 2021, eq. 12 with sigma = 0), with
-    the predicted x_0 clipped to [0, 1].
+    x (B, C, H, W) ~ N(0, I), on the device of model and scheduler. It is Algorithm 2 of the paper,
+    and x is yielded before the step's noise is added. With num_steps of None or T sigma_t^2 is
+    beta_t; fewer steps are longer and take the paper's second choice, beta-tilde_t, as DDIM with
+    eta = 1 does (Song et al. 2021, eq. 16).
     """
     T = len(scheduler.beta)
     times = sampling_times(T, num_steps)
     model.eval()
     for t, t_next in zip(times, times[1:] + [None]):
         beta, abar = scheduler(t)
+        variance = beta  # sigma_t^2
+        if len(times) < T:  # the beta of all the steps from t_next to t in one
+            abar_next = 1.0 if t_next is None else scheduler(t_next)[1]
+            beta = 1 - abar / abar_next
+            variance = (1 - abar_next) / (1 - abar) * beta
         with autocast(x.device):
             eps = model(x, torch.full((len(x),), t, device=x.device)).float()
-        if len(times) == T:
-            x = (x - beta / (1 - abar).sqrt() * eps) / (1 - beta).sqrt()  # Algorithm 2, line 4
-            yield t, x
-            if t > 0:
-                x = x + beta.sqrt() * torch.randn_like(x)
-        else:
-            abar_next = 1.0 if t_next is None else scheduler(t_next)[1]
-            x_0 = ((x - (1 - abar).sqrt() * eps) / abar.sqrt()).clamp(0, 1)
-            eps = (x - abar.sqrt() * x_0) / (1 - abar).sqrt()
-            x = abar_next**0.5 * x_0 + (1 - abar_next) ** 0.5 * eps
-            yield t, x
+        x = (x - beta / (1 - abar).sqrt() * eps) / (1 - beta).sqrt()  # Algorithm 2, line 4
+        yield t, x
+        if t_next is not None:
+            x = x + variance.sqrt() * torch.randn_like(x)
 
 
 def display_reverse(images: list, axes=None):
@@ -485,7 +483,7 @@ PREVIEW = dict(  # the same system made small: four minutes on two CPU cores
 )
 DRAWING = dict(  # after a run, and with --sample
     num_images=64,  # above 64, each is also written as a file of its own
-    num_steps=None,  # of the reverse process: all, as in the article; 50 are quick, by DDIM
+    num_steps=None,  # of the reverse process: all, as in the article; 50 are quick, and as good
     seed=-1,  # draw one; a number draws the same images again
 )
 
@@ -527,7 +525,7 @@ OUTPUTS = Path('outputs')
 DATASETS = ('MNIST', 'FashionMNIST', 'KMNIST', 'QMNIST', 'CIFAR10')
 NETWORK_SECONDS = 10  # of silence, after which a download is given up
 LONG_RUN = 10_000  # steps from which on compiling the model pays for the minute it takes
-DDIM_STEPS = 50  # of the grids that show a run's progress
+FEW_STEPS = 50  # of the grids that show a run's progress
 STRIP_TIMES = (999, 700, 550, 400, 300, 200, 100, 50, 15)  # of the article's strip, for T = 1000
 # of 32 x 32: 500 take 10 GB with a UNET of full size, 100 are the quickest on a CPU
 IMAGES_AT_ONCE = {'cuda': 500, 'mps': 100, 'cpu': 100}
@@ -1275,9 +1273,9 @@ def draw_progress(model, scheduler, run):
     every = run.config['sample_every']
     if run.rank or step or not epoch or not every or epoch % every:
         return
-    device, steps = scheduler.beta.device, min(DDIM_STEPS, len(scheduler.beta))
-    always = torch.Generator(device).manual_seed(0)
-    noise = torch.randn(64, *run.image_shape, generator=always, device=device)
+    device, steps = scheduler.beta.device, min(FEW_STEPS, len(scheduler.beta))
+    torch.manual_seed(0)  # each step of the training seeds anew
+    noise = torch.randn(64, *run.image_shape, device=device)
     process = reverse_process(model, noise, scheduler, steps)
     for _, x in tqdm(process, 'Drawing the progress', steps, bar_format=STEPS_BAR, leave=False):
         if run.signals:

@@ -478,7 +478,7 @@ def main(arguments=None):
         'part-06-whole-run': lambda: whole_run(deadline),
         'part-07-ten-digits': ten_digits,
         'part-08-quality-1000': lambda: quality_in(ddpm.FULL['num_time_steps'], args.samples),
-        'part-09-quality-50': lambda: quality_in(ddpm.DDIM_STEPS, args.samples),
+        'part-09-quality-50': lambda: quality_in(ddpm.FEW_STEPS, args.samples),
         'part-10-attention-trained': attention_of_the_weights,
     }
     if args.weights:

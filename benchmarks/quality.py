@@ -581,7 +581,7 @@ def main():
     )
     parser.add_argument('checkpoint', type=Path)
     parser.add_argument('--samples', type=int, default=10_000, help='100 to 10000')
-    parser.add_argument('--steps', type=int, help='fewer than all for DDIM: 50; all if not given')
+    parser.add_argument('--steps', type=int, help='of the reverse process; all if not given')
     parser.add_argument('--seed', type=int, default=0, help='of the samples')
     parser.add_argument('--output', type=Path, default=RESULTS, help='folder of the JSON file')
     args = parser.parse_args()

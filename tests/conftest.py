@@ -61,7 +61,7 @@ def few_images(*_):
 def workdir(tmp_path, monkeypatch):
     """An empty folder to run in, where the dataset 'Few' has the first 12 digits of MNIST."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(ddpm, 'DDIM_STEPS', 3)
+    monkeypatch.setattr(ddpm, 'FEW_STEPS', 3)
     load_images = ddpm.load_images
 
     def few_or_those(dataset, image_size=32):
@@ -133,7 +133,7 @@ def run_program(folder, edits, *flags):
 TINY_PREVIEW = (
     'from conftest import *\n'
     'ddpm.load_images = few_images\n'
-    "ddpm.PREVIEW.update(TINY); ddpm.DRAWING['num_steps'] = 4; ddpm.DDIM_STEPS = 4\n"
+    "ddpm.PREVIEW.update(TINY); ddpm.DRAWING['num_steps'] = 4; ddpm.FEW_STEPS = 4\n"
 )
 
 

@@ -47,7 +47,7 @@ def test_every_part_and_going_on(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(full_run, 'choices', lambda: {'plain': {'milliseconds a step': 1.0}})
 
     def quality_in(steps, samples):
-        if steps == ddpm.DDIM_STEPS:
+        if steps == ddpm.FEW_STEPS:
             raise ImportError('no module', name='prdc')
         return {'FD': 2.0}
 

@@ -275,6 +275,12 @@ def test_progress_is_drawn_from_the_average(workdir, monkeypatch):
     assert not np.array_equal(grids[1], grids[2])
 
 
+def test_progress_is_always_drawn_from_the_same_noise(workdir):
+    ddpm.train(**{**TINY, 'lr': 0.0, 'num_epochs': 2, 'sample_every': 1})
+    first, second = (plt.imread(f'outputs/tiny/progress/epoch_00{i}.png') for i in (1, 2))
+    assert np.array_equal(first, second) and first.std() > 0
+
+
 def test_digits_are_dark_on_light_and_nothing_else_is(workdir, monkeypatch):
     ddpm.train(**TINY)
     saved = torch.load('checkpoints/tiny')
