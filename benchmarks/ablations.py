@@ -193,18 +193,17 @@ def sampling(name, why, weights=BASELINE, steps=None, **how):
 
 def ddim(steps, eta, clip):
     name = f'DDIM {steps or "all"}, eta {eta}{", clipped" if clip else ""}'
-    why = f'The same weights in {steps or "all"} steps{"" if eta else ", none of them random"}.'
+    kind = ', none of them random' if not eta else '' if clip else ", as ddpm.py's"
+    why = f'The same weights in {steps or "all"} steps{kind}.'
     return sampling(name, why, steps=steps, eta=eta, variance=lambda _, b: eta**2 * b, clip=clip)
 
 
 LONG, COSINE, CLIPPED = 'T = 1000', 'cosine schedule', 'x_0 clipped'
+HALF = 'half the lr'  # for what diverges at the baseline's
+HALVED = {'lr': BASE['lr'] / 2, 'against': HALF}
 PLAIN, DROPOUT = "the article's attention", 'attention, dropout 0.1'
 ATTENTION = dict(Attentions=[False, True, False, False, False, True])  # where the article has it
-WIDE = dict(  # at the baseline's lr it diverges
-    Channels=[2 * C for C in ddpm.PREVIEW['unet']['Channels']],
-    num_epochs=EPOCHS // 2,
-    lr=BASE['lr'] / 2,
-)
+WIDE = dict(Channels=[2 * C for C in ddpm.PREVIEW['unet']['Channels']], num_epochs=EPOCHS // 2)
 SYMMETRIC = {
     'to_input': lambda images, to_input=ddpm.to_input: 2 * to_input(images) - 1,
     'reverse_process': sampler(to_image=lambda x: (x + 1) / 2),
@@ -228,6 +227,7 @@ LIST = [
     training('without the EMA', 'It is steadier than the last step.', BASELINE, part='weights'),
     training('EMA 0.9999', "The article's: over some 10,000 steps.", ema_decay=0.9999),
     training('lr constant', "As the article's; the preview's falls to 0.", lr_decay=False),
+    training(HALF, 'As two networks below need it.', lr=BASE['lr'] / 2),
     training('batch 64', "The article's: surer steps, but fewer.", batch_size=64),
     training(LONG, "The article's: each step takes away less.", num_time_steps=1000),
     training('[-1, 1] data', "The paper's are centred, the article's not.", **SYMMETRIC),
@@ -241,11 +241,11 @@ LIST = [
     training('loss by sqrt(1 - abar)', 'The same, more gently.', **ROOT),
     training('predicts x_0', 'The network predicts the noise; it might be x_0.', **X_0),
     training('predicts v', 'Or a mixture of noise and x_0.', **V),
-    network('no time embedding', 'The embedding says how noisy x is.', UNET=Timeless),
+    network('no time embedding', 'It says how noisy x is. Half the lr.', UNET=Timeless, **HALVED),
     network('no skips between halves', 'Skips pass on what is fine.', UnetLayer=Skipless),
     network(PLAIN, 'With it far parts of a digit see each other.', **ATTENTION),
     network('attention, norm and skip', "The paper's.", Attention=NormedAttention, **ATTENTION),
-    network('2x wide, half the steps', 'More weights for fewer steps; half the lr.', **WIDE),
+    network('2x wide, half the steps', 'More weights, fewer steps. Half the lr.', **WIDE, **HALVED),
     change('sampling', NOISE, 'The spread between sets of samples.', BASELINE, noise=1),
     sampling(CLIPPED, "The article's sampler leaves x_0 free.", clip=True),
     sampling('sigma² = beta-tilde', "The paper's second choice.", variance=lambda _, b: b),

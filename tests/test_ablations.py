@@ -208,6 +208,8 @@ def test_each_change_changes_what_it_names_and_nothing_else():
         'batch 64': {'batch_size': 64},
         'T = 1000': {'num_time_steps': 1000},
         '[-1, 1] data, T = 1000': {'num_time_steps': 1000},
+        'half the lr': {'lr': 1.5e-3},
+        'no time embedding': {'lr': 1.5e-3},
         '2x wide, half the steps': {
             'num_epochs': 1,
             'lr': 1.5e-3,
