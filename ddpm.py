@@ -483,7 +483,7 @@ PREVIEW = dict(  # the same system made small: four minutes on two CPU cores
 )
 DRAWING = dict(  # after a run, and with --sample
     num_images=64,  # above 64, each is also written as a file of its own
-    num_steps=None,  # of the reverse process: all, as in the article; 50 are quick, and as good
+    num_steps=None,  # of the reverse process: all, as in the article; 50 are quick
     seed=-1,  # draw one; a number draws the same images again
 )
 

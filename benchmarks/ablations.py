@@ -44,7 +44,7 @@ from speed import processor, table  # noqa: E402
 import ddpm  # noqa: E402
 
 EPOCHS = 2  # of each training
-BASE = dict(batch_size=8, lr=3e-3, seed=0)  # on one thread, the smaller the batches the better
+BASE = dict(batch_size=8, lr=3e-3, seed=0)  # as PREVIEW was when this was begun
 TRAINING_COST = 5  # of an image, against a step of drawing one, as measured on a CPU
 ATTENTION_COST = 2.5  # likewise, of a network with attention against one without
 GROUPS = ('training', 'network', 'sampling')

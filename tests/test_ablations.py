@@ -200,7 +200,8 @@ def test_each_change_changes_what_it_names_and_nothing_else():
     base = ablations.numbers_of(CHANGES[BASELINE])
     assert base['num_epochs'] == 2 and base['seed'] == 0 and base['unet'] == ddpm.PREVIEW['unet']
     numbers = {k: v for k, v in base.items() if v != ddpm.PREVIEW[k]}
-    assert numbers.keys() == {*ablations.BASE, 'sample_every', 'checkpoint_path'}
+    assert numbers.keys() == {'batch_size', 'lr', 'seed', 'sample_every', 'checkpoint_path'}
+    assert (base['batch_size'], base['lr']) == (8, 3e-3)
     expected = {
         'another seed': {'seed': 1},
         'EMA 0.9999': {'ema_decay': 0.9999},
