@@ -22,7 +22,6 @@ if __name__ == '__main__' and signal.getsignal(signal.SIGINT) is signal.default_
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while torch is imported: no traceback
 
 import argparse
-import errno
 import gzip
 import inspect
 import math
@@ -174,8 +173,8 @@ class UNET(nn.Module):
         output_channels: int = 1,
         time_steps: int = 1000,
     ):
+        check_unet(locals())
         super().__init__()
-        check_unet(**{k: v for k, v in locals().items() if k in UNET_DEFAULTS})
         self.num_layers = len(Channels)
         self.input_channels = input_channels
         self.time_steps = time_steps
@@ -225,7 +224,7 @@ class DDPM_Scheduler(nn.Module):
 
 
 def set_seed(seed: int = 42):
-    """Seeds torch, CUDA, numpy and random, and makes CUDA compute the same thing every time."""
+    """Seeds torch, CUDA, numpy and random, and has cuDNN compute the same thing every time."""
     torch.manual_seed(seed)
     torch.cuda.manual_seed_all(seed)
     np.random.seed(seed)
@@ -275,7 +274,7 @@ def train(
     used, and a loss that is not finite or is back at its start; SystemExit(128 + signal) when
     stopped, once saved.
     """
-    given = {k: v for k, v in locals().items() if k not in ('checkpoint_path', 'unet')}
+    given = {k: v for k, v in dict(locals()).items() if k not in ('checkpoint_path', 'unet')}
     with Run(checkpoint_path or CHECKPOINT, given, unet or {}) as run:
         if run.is_finished():
             return
@@ -298,6 +297,7 @@ def train(
         draw_progress(ema.module, scheduler, run)  # if a stop prevented it
 
         for epoch in range(run.done // run.steps, num_epochs):
+            # in place of a DataLoader: all images are on the device, in a new order each epoch
             shuffle = torch.Generator().manual_seed(seed_of(run.seed, 0, epoch))
             order = torch.randperm(len(images), generator=shuffle).to(device)
             for step in run.steps_left(epoch):
@@ -308,7 +308,7 @@ def train(
                     optimizer.param_groups[0]['lr'] = lr * rise_and_fall(run.done / run.total)
 
                 # Algorithm 1, lines 2 to 5; of several processes each takes its share
-                x = to_input(images[order[step * batch_size : (step + 1) * batch_size]])
+                x = to_input(images[order[step * batch_size : (step + 1) * batch_size]])  # [0, 1]
                 t = torch.randint(num_time_steps, (batch_size,), generator=draws, device=device)
                 eps = torch.randn(x.shape, generator=draws, device=device)
                 mine = run.share
@@ -328,6 +328,8 @@ def train(
 # ==============================================================================================
 # 4. Inference (article: 推理)
 # ==============================================================================================
+
+STRIP_TIMES = (999, 700, 550, 400, 300, 200, 100, 50, 15)  # of 1000; then x_0
 
 
 def sampling_times(num_time_steps: int, num_steps: int | None = None) -> list:
@@ -400,21 +402,21 @@ def inference(
         return  # one process draws: the same images however many have trained
     path = Path(checkpoint_path or CHECKPOINT).expanduser()
     saved = load_checkpoint(path)
-    T, channels = saved['unet']['time_steps'], saved['unet']['input_channels']
-    if num_time_steps not in (None, T):
-        raise UserError(f'num_time_steps is {num_time_steps!r}, but {path} was trained with {T}')
     device, size = best_device(), saved['config'].get('image_size', 32)
     ema = ModelEmaV3(UNET(**saved['unet']), decay=ema_decay)
     ema.load_state_dict(saved['ema'])
     model = to_device(ema.module, device)
+    T = model.time_steps
+    if num_time_steps not in (None, T):
+        raise UserError(f'num_time_steps is {num_time_steps!r}, but {path} was trained with {T}')
     scheduler = DDPM_Scheduler(T).to(device)
     seed = secrets.randbits(32) if seed == -1 else seed  # which no earlier set_seed decides
     set_seed(seed)
 
     times = sampling_times(T, num_steps)
     strip, film_times = times_to_show(times, T)
-    batch = max(1, IMAGES_AT_ONCE[device.type] * 32**2 // size**2)
-    frames, drawn = {}, 0
+    frames = {t: [] for t in (T, *times) if t in film_times}
+    batch, drawn = images_at_once(device, size), 0
     folder = Path(folder or OUTPUTS / path.name)
     folder.mkdir(parents=True, exist_ok=True)  # now, not after the drawing
     one_by_one = Path(folder, f'{num_images}_images_seed_{seed}') if num_images > 64 else None
@@ -423,13 +425,14 @@ def inference(
     try:
         while drawn < num_images:
             count = min(batch, num_images - drawn)
-            noise = torch.randn(count, channels, size, size, device=device)  # (B, C, H, W)
-            if drawn == 0:
-                frames[T] = noise[:64].cpu()
+            shape = count, model.input_channels, size, size  # (B, C, H, W)
+            noise = torch.randn(shape, device=device)
+            shown = max(0, 64 - drawn)  # of this batch, in the pictures
+            frames[T].append(noise[:shown].cpu())
             for t, x in reverse_process(model, noise, scheduler, num_steps):
                 bar.update()
-                if drawn == 0 and t in film_times:
-                    frames[t] = x[:64].cpu()
+                if t in frames:
+                    frames[t].append(x[:shown].cpu())
             if one_by_one:
                 save_one_by_one(x, one_by_one, drawn)
             drawn += count
@@ -437,6 +440,7 @@ def inference(
         bar.close()
         if one_by_one:
             print(f'Drawn, one by one: {drawn} of {num_images} images, in {one_by_one}/')
+    frames = {t: torch.cat(parts) for t, parts in frames.items()}
     draw_reverse_process(frames, strip, folder, dark_on_light=is_ink(saved['config']))
 
 
@@ -470,7 +474,7 @@ PREVIEW = dict(  # the same system made small: four minutes on two CPU cores
     lr_decay=True,
     beta2=0.99,  # a shorter memory than 0.999, for a short run
     ema_decay=0.99,
-    num_time_steps=500,  # each larger than one of 1000; the last leaves 8% of the digit
+    num_time_steps=500,  # half the work of drawing; the last leaves 8% of the digit
     unet=dict(
         Channels=[8, 16, 32, 64, 64, 48],
         Attentions=[False] * 6,
@@ -510,8 +514,10 @@ def main():
             print_once('No CUDA GPU here: this is the preview. --full trains for days on a CPU.')
         numbers = FULL if full else PREVIEW
         check_names(train, numbers)
+        check_numbers({**numbers, **DRAWING})  # the drawing's too, before a long training
+        sampling_times(numbers.get('num_time_steps', 1000), DRAWING.get('num_steps'))
         train(**numbers)
-        inference(numbers['checkpoint_path'], **DRAWING)
+        inference(numbers.get('checkpoint_path'), **DRAWING)
 
 
 # ==============================================================================================
@@ -526,27 +532,23 @@ DATASETS = ('MNIST', 'FashionMNIST', 'KMNIST', 'QMNIST', 'CIFAR10')
 NETWORK_SECONDS = 10  # of silence, after which a download is given up
 LONG_RUN = 10_000  # steps from which on compiling the model pays for the minute it takes
 FEW_STEPS = 50  # of the grids that show a run's progress
-STRIP_TIMES = (999, 700, 550, 400, 300, 200, 100, 50, 15)  # of the article's strip, for T = 1000
 # of 32 x 32: 500 take 10 GB with a UNET of full size, 100 are the quickest on a CPU
 IMAGES_AT_ONCE = {'cuda': 500, 'mps': 100, 'cpu': 100}
 TOO_FAR = ': lower lr. Only what was saved before is kept'
 BAR = '{desc} {percentage:3.0f}%|{bar:12}| '
 STEPS_BAR = BAR + '{n_fmt}/{total_fmt} steps, {remaining} to go'
 UNET_DEFAULTS = {k: p.default for k, p in inspect.signature(UNET).parameters.items()}
+LISTS = ('Channels', 'Attentions', 'Upscales')  # of a UNET, one entry a layer
 NUMBERS = {  # what may be asked for: type, least, most
-    'batch_size': (int, 1, math.inf),
+    'batch_size num_epochs image_size num_images': (int, 1, math.inf),
+    'num_groups num_heads input_channels output_channels time_steps': (int, 1, math.inf),
     'num_time_steps': (int, 2, math.inf),
-    'num_epochs': (int, 1, math.inf),
+    'sample_every steps': (int, 0, math.inf),
     'seed': (int, -1, 2**32 - 1),
-    'ema_decay': (float, 0, 1),
-    'lr': (float, 0, 1),
-    'lr_decay': (bool, False, True),
+    'lr ema_decay dropout_prob': (float, 0, 1),
     'beta2': (float, 0, 0.999999),
     'save_minutes': (float, 0, math.inf),
-    'sample_every': (int, 0, math.inf),
-    'image_size': (int, 1, math.inf),
-    'num_images': (int, 1, math.inf),
-    'steps': (int, 0, math.inf),
+    'lr_decay': (bool, False, True),
 }
 MAY_CHANGE = ('num_epochs', 'lr', 'lr_decay', 'beta2', 'ema_decay', 'save_minutes', 'sample_every')
 
@@ -557,7 +559,7 @@ class UserError(ValueError):
 
 def reason(error, line=0):
     """One line of what an exception says, the first if not told otherwise."""
-    return (str(error).strip() or type(error).__name__).splitlines()[line][:200]
+    return (str(error).strip() or type(error).__name__).splitlines()[line].strip()[:200]
 
 
 # ---- Devices and processes: the same run on a CPU, on one GPU and on several -------------------
@@ -675,13 +677,15 @@ def as_a_program():
         if dist.is_initialized():
             dist.destroy_process_group()
     except KeyboardInterrupt:
+        print('\nStopped.', file=sys.stderr)
         sys.exit(130)
     except Exception as error:
         if int(os.environ.get('RANK', 0)) > 0:
             time.sleep(10)  # process 0 has the word; if it has failed, torchrun ends this one now
         line = reason(error)
         if re.search("out of memory|can't allocate memory", str(error)):  # CUDA and MPS; the CPU
-            line = 'out of memory: lower batch_size or the Channels of unet, under EDIT HERE'
+            what = 'batch_size, num_images or the Channels of unet'
+            line = f'out of memory: lower {what}, under EDIT HERE'
         elif not isinstance(error, UserError | OSError | MemoryError):
             raise
         sys.exit(f'ddpm.py: {line}')
@@ -725,8 +729,8 @@ def check_number(name, value, kind, least, most=math.inf):
 
 def check_numbers(config):
     """check_number for every entry of config that NUMBERS has a range for."""
-    for name, limits in NUMBERS.items():
-        if name in config:
+    for names, limits in NUMBERS.items():
+        for name in config.keys() & {*names.split()}:
             check_number(name, config[name], *limits)
 
 
@@ -738,36 +742,29 @@ def check_names(function, numbers):
         raise UserError(f'{error}: a name under EDIT HERE is misspelt') from None
 
 
-def check_unet(Channels, Attentions, Upscales, num_groups, dropout_prob, num_heads, **others):
+def check_unet(unet):
     """Raises UserError, saying what would be right, where a UNET's arguments do not fit."""
-    lists = {'Channels': Channels, 'Attentions': Attentions, 'Upscales': Upscales}
-    for name, value in lists.items():
-        if not isinstance(value, list | tuple | np.ndarray):
-            raise UserError(f'{name} is {value!r}, but must be a list, one entry a layer')
-    n, half = len(Channels), len(Channels) // 2
-    if n < 2 or n % 2 or len(Attentions) != n or len(Upscales) != n:
-        raise UserError(
-            f'Channels, Attentions and Upscales have {n}, {len(Attentions)} and {len(Upscales)} '
-            'entries: all three need the same even number, one entry a layer'
-        )
-    for flag in (*Attentions, *Upscales):
-        check_number('an entry of Attentions or Upscales', flag, bool, False, True)
-    if list(map(bool, Upscales)) != [False] * half + [True] * half:
+    unet = plain(unet)
+    check_numbers(unet)
+    lists = Channels, Attentions, Upscales = [unet[name] for name in LISTS]
+    n = len(Channels) if isinstance(Channels, list) else 0
+    if n < 2 or n % 2 or not all(isinstance(x, list) and len(x) == n for x in lists):
+        raise UserError(f'{", ".join(LISTS)} are {lists}, but must be lists of one even length')
+    half = n // 2
+    if Upscales != [False] * half + [True] * half:
         raise UserError(f'Upscales must be {half} times False, then {half} times True')
-    wholes = {'Channels[0]': Channels[0], 'num_groups': num_groups, 'num_heads': num_heads}
-    for name, value in {**wholes, **others}.items():
-        check_number(name, value, int, 1)
-    check_number('dropout_prob', dropout_prob, float, 0, 1)
+    for flag in Attentions:
+        check_number('an entry of Attentions', flag, bool, False, True)
+    check_number('Channels[0]', Channels[0], int, 1)
     chain = [Channels[0] * 2**i for i in range(half + 1)]  # each layer down doubles
     while len(chain) < n:  # each layer up halves and joins the skip of its mirror
         chain.append(chain[-1] // 2 + chain[n - len(chain)])
-    if list(Channels) != chain:
-        raise UserError(f'Channels {list(Channels)} do not chain: they must be {chain}')
+    if repr(Channels) != repr(chain):  # 16.0 == 16, but makes no layer
+        raise UserError(f'Channels {Channels} do not chain: they must be {chain}')
     for C, attention in zip(Channels, Attentions):
-        if C % num_groups:
-            raise UserError(f'num_groups {num_groups} does not divide the {C} in Channels')
-        if attention and C % num_heads:
-            raise UserError(f'num_heads {num_heads} does not divide the {C} in Channels')
+        for name in ('num_groups', 'num_heads')[: 1 + bool(attention)]:
+            if C % unet[name]:
+                raise UserError(f'{name} {unet[name]} does not divide the {C} in Channels')
 
 
 def unet_arguments(unet, channels, num_time_steps):
@@ -775,13 +772,12 @@ def unet_arguments(unet, channels, num_time_steps):
     defaults."""
     if unknown := set(unet) - set(UNET_DEFAULTS):
         raise UserError(f'unet has {unknown}, but UNET takes only {list(UNET_DEFAULTS)}')
-    of_data = {'input_channels': channels, 'output_channels': channels}
-    of_data['time_steps'] = num_time_steps
+    of_data = dict(input_channels=channels, output_channels=channels, time_steps=num_time_steps)
     for name, value in of_data.items():
         if unet.get(name, value) != value:
             raise UserError(f'unet has {name}={unet[name]!r}, but here it must be {value}')
     unet = {**UNET_DEFAULTS, **unet, **of_data}
-    check_unet(**unet)
+    check_unet(unet)
     return unet
 
 
@@ -796,8 +792,9 @@ def checked_times(model, x, t):
     if not whole or t.shape not in ((1,), x.shape[:1]):
         raise UserError(f't is {t.dtype} {tuple(t.shape)}, but must be 1 or {len(x)} whole numbers')
     t = t.to(x.device, torch.long)
-    # reading a t that is on an accelerator would wait for it
-    if t.device.type == 'cpu' and not 0 <= t.min() <= t.max() < model.time_steps:
+    # reading a t that is on an accelerator would wait for it, and break a compiled graph in two
+    readable = t.device.type == 'cpu' and not torch.compiler.is_compiling()
+    if readable and not 0 <= t.min() <= t.max() < model.time_steps:
         raise UserError(f't is from {t.min()} to {t.max()}, outside 0 .. {model.time_steps - 1}')
     return t
 
@@ -808,10 +805,11 @@ def checked_times(model, x, t):
 def load_images(dataset, image_size=32):
     """The training images of one of DATASETS, or of a folder of pictures, (N, C, H, W) uint8.
     Raises UserError for files that are missing or damaged and not to be had."""
-    if dataset not in DATASETS and not os.path.isdir(str(dataset)):
-        raise UserError(f'dataset is {dataset!r}, but must be {", ".join(DATASETS)} or a folder')
     if dataset not in DATASETS:
-        return load_folder(Path(dataset), image_size)
+        folder = Path(str(dataset)).expanduser()
+        if folder.is_dir():
+            return load_folder(folder, image_size)
+        raise UserError(f'dataset is {dataset!r}, but must be {", ".join(DATASETS)} or a folder')
     if image_size != 32:
         raise UserError(f'image_size is {image_size}, but that of {dataset} is always 32')
     if dataset == 'MNIST':
@@ -823,14 +821,14 @@ def load_images(dataset, image_size=32):
             raise UserError(f'{path} is damaged or missing ({reason(error)}): restore it') from None
     rank, world = rank_and_world()
     if rank > 0:
-        dist.barrier()  # process 0 fetches
+        largest_of_all(0)  # process 0 fetches; NCCL's barrier would give up after ten minutes
     try:
         images = torch.as_tensor(torchvision_dataset(dataset).data)
     except Exception as error:  # of damaged files, the network, the disk
         why = f'{dataset} in {DATA} is damaged or cannot be fetched: {reason(error, -1)}'
         raise UserError(f'{why}. Delete it, or copy it from where torchvision has it') from None
     if rank == 0 and world > 1:
-        dist.barrier()
+        largest_of_all(0)
     return images[:, None] if images.ndim == 3 else images.permute(0, 3, 1, 2).contiguous()
 
 
@@ -875,11 +873,13 @@ def load_folder(folder, size):
                 white = Image.new('RGBA', picture.size, 'white')  # behind what is transparent
                 return np.asarray(Image.alpha_composite(white, picture).convert('RGB'))
         except Exception as error:  # each format has errors of its own
-            tqdm.write(f'{path} is left out: {reason(error)}', file=sys.stderr)
+            if rank_and_world()[0] == 0:
+                tqdm.write(f'{path} is left out: {reason(error)}', file=sys.stderr)
 
     with ThreadPool() as readers:
         pictures = readers.imap(read, paths, chunksize=16)
-        for picture in tqdm(pictures, f'Reading {folder.name}', len(paths), ncols=79):
+        how = dict(total=len(paths), ncols=79, disable=rank_and_world()[0] > 0)
+        for picture in tqdm(pictures, f'Reading {folder.name}', **how):
             if picture is not None:
                 images[count], count = picture, count + 1
     if count == 0:
@@ -926,7 +926,6 @@ class Run:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.lock = open(f'{self.path}.lock', 'w')
             claim(self.lock)
-            temporary(self.path).unlink(missing_ok=True)  # of a run that was killed
         except BlockingIOError:
             raise UserError(f'another run is using {self.path}: change checkpoint_path') from None
         except OSError as error:
@@ -936,13 +935,13 @@ class Run:
     def __exit__(self, kind, *_):
         for signum, handler in self.handlers.items():
             signal.signal(signum, handler)
-        if self.lock:
-            self.lock.close()
         if self.bar is not None:
             with suppress(OSError):
                 self.bar.close()
-        if self.done and kind and issubclass(kind, BrokenPipeError):  # `ddpm.py | head` has ended
+        if self.done and kind and issubclass(kind, OSError):  # nobody reads the output any more
             self.save(last=True)
+        if self.lock:
+            self.lock.close()
 
     def is_finished(self):
         """Reads the checkpoint, if there is one. Raises UserError if it is that of another run."""
@@ -952,13 +951,15 @@ class Run:
         if self.config['seed'] == -1:
             self.config['seed'] = self.before.get('seed', fresh)
         self.seed = self.config['seed']
-        self.compare({**self.unet, **self.config, 'time_steps': self.config['num_time_steps']})
         done = len(saved['losses']) // saved['steps'] if saved and saved['steps'] else 0
-        if finished := done >= self.config['num_epochs']:
+        finished = done >= self.config['num_epochs']
+        numbers = {**self.unet, **self.config, 'time_steps': self.config['num_time_steps']}
+        self.compare(numbers, quietly=finished)
+        if finished:
             print_once(f'{self.path}: {done} epochs are done; a larger num_epochs trains on')
         return finished
 
-    def compare(self, numbers):
+    def compare(self, numbers, quietly=False):
         """Raises UserError where a number is not the checkpoint's, so that the run could not go on
         exactly; prints those that may change."""
         for name, now in numbers.items():
@@ -970,7 +971,8 @@ class Run:
                     f'{self.path} is from a run with {name}={then!r:.99}, this one has '
                     f'{name}={now!r:.99}: put it back, or to start afresh change checkpoint_path'
                 )
-            print_once(f'{name} was {then}, is {now} from here on')
+            if not quietly:
+                print_once(f'{name} was {then}, is {now} from here on')
 
     def begin_with(self, images):
         """Settles what depends on the images, (N, C, H, W) uint8. Raises UserError if they are too
@@ -1057,7 +1059,7 @@ class Run:
             signum, due = largest_of_all(max(self.signals, default=0), due)
             if signum or due or finished:
                 self.save(last=signum or finished)
-            self.stop_if_asked()
+                self.stop_if_asked()
 
     def mean_loss(self, epoch):
         """The mean over the steps done of an epoch. Raises UserError if one is not finite, unless
@@ -1116,7 +1118,8 @@ class Run:
             if self.bar is not None:
                 self.bar.close()
             saved = f'all saved in {self.path}' if self.done else 'with nothing to save'
-            print_once(f'\nStopped after {self.progress()}, {saved}. Run again to go on.')
+            with suppress(OSError):  # the terminal may be closed
+                print_once(f'\nStopped after {self.progress()}, {saved}. Run again to go on.')
             raise SystemExit(128 + signum)
 
     def finish(self):
@@ -1132,38 +1135,30 @@ def claim(file):
     """Makes a file this process's until that ends, however it ends. Raises BlockingIOError if it is
     another's; where the file system has no locks, that is printed."""
     try:
-        if os.name == 'nt':
-            import msvcrt
+        import fcntl  # which Windows lacks
 
-            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-        else:
-            import fcntl
-
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno in (errno.EAGAIN, errno.EACCES, errno.EDEADLK):
-            raise BlockingIOError from error
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise
+    except (ImportError, OSError) as error:
         print_once(f'{file.name}: no locks here ({error}). Start no second run on this checkpoint.')
-
-
-def temporary(path):
-    return Path(f'{path}.tmp')
 
 
 def save_checkpoint(path, state):
     """Writes a file beside path, then renames it: path holds the old state or the new, never less.
     Raises OSError."""
+    temporary = Path(f'{path}.tmp')
     try:
-        temporary(path).parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary(path), 'wb') as file:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, 'wb') as file:
             torch.save(state, file)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary(path), path)
+        os.replace(temporary, path)
     except RuntimeError as error:  # torch.save puts its own in place of a full disk's OSError
         raise error.__context__ if isinstance(error.__context__, OSError) else error from None
     finally:
-        temporary(path).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 def load_checkpoint(path, to_train=False):
@@ -1182,7 +1177,11 @@ def load_checkpoint(path, to_train=False):
         rest = {'config': {}, 'losses': torch.zeros(0), 'scaler': {}, 'steps': 0}
         saved = {**rest, **saved, 'unet': {**UNET_DEFAULTS, **saved.get('unet', {})}}
         check_numbers({**saved['config'], 'steps': saved['steps']})
-        if drawing_only := not saved.keys() & {'weights', 'optimizer'}:
+        drawing_only = not saved.keys() & {'weights', 'optimizer'}
+        for part in ['ema'] if drawing_only else ['weights', 'optimizer', 'ema']:
+            if not isinstance(saved.get(part), dict):
+                raise ValueError(f'no entry {part}')
+        if drawing_only:
             saved['ema'] = {name: value.float() for name, value in saved['ema'].items()}
         check_tensors(saved)
         prefixes = {'weights': '', 'ema': 'module.'}  # of the names that model and average load
@@ -1206,30 +1205,23 @@ def load_checkpoint(path, to_train=False):
 
 def check_tensors(saved):
     """Raises ValueError unless a checkpoint's tensors are finite and those of its UNET."""
-    parts = ['weights', 'ema', 'optimizer'] if saved.keys() & {'weights', 'optimizer'} else ['ema']
-    for part in parts:
-        if not isinstance(saved.get(part), dict):
-            raise ValueError(f'no entry {part}')
     with torch.device('meta'):  # shapes only
         model = UNET(**saved['unet'])
-    tensors = {'losses': (saved['losses'], saved['losses'].flatten().shape)}
-    for part in parts[:2]:
-        entries = {name.removeprefix('module.'): value for name, value in saved[part].items()}
-        model.load_state_dict(entries, assign=True)  # raises where names or shapes differ
-        tensors |= {f'{part} {name}': (value, value.shape) for name, value in entries.items()}
-    moments = saved['optimizer'].get('state') if 'optimizer' in parts else {}
-    shapes = [parameter.shape for parameter in model.parameters()]
-    if moments is None or moments and list(moments) != list(range(len(shapes))):
+    names = list(model.state_dict())
+    parts = {part: saved[part] for part in ('weights', 'ema') if part in saved}
+    moments = saved['optimizer']['state'] if 'optimizer' in saved else {}
+    if moments and list(moments) != list(range(len(names))):
         raise ValueError('its optimizer is not that of its UNET')
-    for i, state in moments.items():
-        state['step'] = torch.as_tensor(state['step'], dtype=torch.float32)  # once it was an int
-        for name in ('exp_avg', 'exp_avg_sq'):
-            tensors[f'optimizer {i} {name}'] = state[name], shapes[i]
-    for name, (tensor, shape) in tensors.items():
-        if tensor.dtype != torch.float32 or tensor.shape != shape:
-            raise ValueError(f'{name} is {tensor.dtype} {tuple(tensor.shape)}')
-        if name != 'losses' and not tensor.isfinite().all():
-            raise ValueError(f'{name} is not finite')
+    for kind in ('exp_avg', 'exp_avg_sq') if moments else ():
+        parts[kind] = {name: moments[i][kind] for i, name in enumerate(names)}
+    if saved['losses'].ndim != 1 or saved['losses'].dtype != torch.float32:
+        raise ValueError('its losses are not float32 numbers in a row')
+    for part, tensors in parts.items():
+        tensors = {name.removeprefix('module.'): value for name, value in tensors.items()}
+        model.load_state_dict(tensors, assign=True)  # raises where names or shapes differ
+        for name, tensor in tensors.items():
+            if tensor.dtype != torch.float32 or not tensor.isfinite().all():
+                raise ValueError(f'{part} {name} is not finite float32')
 
 
 # ---- Pictures: each run has a folder of its own, and what it holds is printed -------------------
@@ -1249,10 +1241,16 @@ def picture_or_line(what):
         tqdm.write(f'cannot write {what} ({error}); going on without', file=sys.stderr)
 
 
+def images_at_once(device, size):
+    """How many images of size x size are drawn at a time."""
+    return max(1, IMAGES_AT_ONCE[device.type] * 32**2 // size**2)
+
+
 def times_to_show(times, T):
-    """Of the steps of a reverse process those of the article's strip, and those of a film."""
+    """Of the steps of a reverse process those of the article's strip, and those of a film, which
+    begins with the noise, t = T."""
     strip = [min(times, key=lambda t: abs(t - s * T / 1000)) for s in STRIP_TIMES] + times[-1:]
-    return strip, {*strip, *times[:: -(-len(times) // 50)]}  # 50 or so
+    return strip, {T, *strip, *times[:: -(-len(times) // 50)]}  # 50 or so
 
 
 def grid(x, columns=8):
@@ -1275,7 +1273,8 @@ def draw_progress(model, scheduler, run):
         return
     device, steps = scheduler.beta.device, min(FEW_STEPS, len(scheduler.beta))
     torch.manual_seed(0)  # each step of the training seeds anew
-    noise = torch.randn(64, *run.image_shape, device=device)
+    count = min(64, images_at_once(device, run.image_shape[-1]))
+    noise = torch.randn(count, *run.image_shape, device=device)
     process = reverse_process(model, noise, scheduler, steps)
     for _, x in tqdm(process, 'Drawing the progress', steps, bar_format=STEPS_BAR, leave=False):
         if run.signals:

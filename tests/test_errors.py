@@ -54,7 +54,7 @@ def test_other_arguments_that_cannot_be(workdir):
     with pytest.raises(ValueError, match='no checkpoint nowhere: train first'):
         ddpm.inference('nowhere')
     for name, value in (('Channels', 64), ('Attentions', False), ('Upscales', None)):
-        with pytest.raises(ddpm.UserError, match=f'{name} is {value}, but must be a list'):
+        with pytest.raises(ddpm.UserError, match=f'{name}.*{value}.* must be lists'):
             ddpm.train(**{**TINY, 'unet': {**SMALL, name: value}})
     assert not Path('checkpoints/tiny').exists()
 
@@ -123,7 +123,7 @@ BROKEN = {
         set_entry('weights', WEIGHT, value=torch.zeros(2, 2)),
         rf'size mismatch for {WEIGHT}',
     ),
-    'dtype': (set_entry('weights', WEIGHT, value=torch.Tensor.double), 'is torch.float64'),
+    'dtype': (set_entry('weights', WEIGHT, value=torch.Tensor.double), f'{WEIGHT} is not finite f'),
     'NaN weight': (
         set_entry('weights', WEIGHT, value=lambda w: w * NAN),
         f'{WEIGHT} is not finite',
@@ -134,11 +134,19 @@ BROKEN = {
     ),
     'NaN moment': (
         set_entry('optimizer', 'state', 3, 'exp_avg', value=lambda w: w * NAN),
-        'optimizer 3 exp_avg is not finite',
+        'exp_avg late_conv.bias is not finite',
+    ),
+    'a moment less': (
+        changed(lambda s: s['optimizer']['state'].pop(3) is s),
+        'its optimizer is not that of its UNET',
+    ),
+    'losses in two columns': (
+        set_entry('losses', value=torch.zeros(3, 2)),
+        'its losses are not float32 numbers in a row',
     ),
     'moment shape': (
         set_entry('optimizer', 'state', 3, 'exp_avg', value=torch.zeros(1)),
-        'optimizer 3 exp_avg is',
+        'size mismatch for late_conv.bias',
     ),
     'a string for a tensor': (set_entry('weights', WEIGHT, value='x'), 'not a usable checkpoint'),
     'a string for the losses': (set_entry('losses', value='abc'), 'not a usable checkpoint'),
@@ -291,6 +299,14 @@ def test_weights_that_are_not_finite_are_not_saved(workdir, monkeypatch):
 
 
 ERRORS = {
+    'a number of the drawing that is after it': (
+        'ddpm.DRAWING.update(num_images=0); ddpm.train = lambda **n: 1 / 0',
+        'ddpm.py: num_images is 0',
+    ),
+    'more steps of the drawing than there are': (
+        'ddpm.DRAWING.update(num_steps=21); ddpm.train = lambda **n: 1 / 0',
+        'ddpm.py: num_steps is 21, but must be a whole number from 1 to 20',
+    ),
     'bad number': ("ddpm.PREVIEW.update(lr=float('nan'))", 'ddpm.py: lr is nan'),
     'misspelt, for the drawing after it': (
         'ddpm.DRAWING.update(steps=8); ddpm.train = None',

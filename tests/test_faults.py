@@ -325,14 +325,48 @@ def test_ctrl_c_while_compiling_ends_before_the_first_step(workdir, monkeypatch,
     assert 'with nothing to save' in capsys.readouterr().out
 
 
-def test_a_closed_output_saves_the_run(workdir, monkeypatch):
-    """As `ddpm.py | head -1` does."""
+@pytest.mark.parametrize('code', [errno.EPIPE, errno.EIO, errno.ENOSPC])
+def test_a_closed_output_saves_the_run(workdir, monkeypatch, code):
+    """As `ddpm.py | head -1` does, a terminal that is gone, or a log on a full disk."""
 
     def closed(line):
-        raise BrokenPipeError
+        raise OSError(code, os.strerror(code))
 
     monkeypatch.setattr(ddpm, 'print_once', closed)
-    with pytest.raises(BrokenPipeError):
+    with pytest.raises(OSError, match=os.strerror(code)):
+        ddpm.train(**TINY)
+    assert len(ddpm.load_checkpoint('checkpoints/tiny')['losses']) == 3
+
+
+def test_a_closed_terminal_ends_with_the_code_of_its_signal(workdir, monkeypatch):
+    def closed(line):
+        raise OSError(errno.EIO, 'Input/output error')
+
+    def hang_up():
+        monkeypatch.setattr(ddpm, 'print_once', closed)
+        os.kill(os.getpid(), signal.SIGHUP)
+
+    at_step(monkeypatch, 2, hang_up)
+    with pytest.raises(SystemExit) as end:
+        ddpm.train(**TINY)
+    assert end.value.code == 128 + signal.SIGHUP
+    assert len(ddpm.load_checkpoint('checkpoints/tiny')['losses']) == 2
+
+
+def test_a_signal_between_the_check_and_the_next_step_loses_nothing(workdir, monkeypatch):
+    """It comes just after a step has looked for one: the next step saves, not none."""
+    agree, calls = ddpm.largest_of_all, []
+
+    def agree_then_signal(*values):
+        found = agree(*values)
+        if len(values) == 2:  # a step's look
+            calls.append(1)
+            if len(calls) == 2:
+                os.kill(os.getpid(), signal.SIGINT)
+        return found
+
+    monkeypatch.setattr(ddpm, 'largest_of_all', agree_then_signal)
+    with pytest.raises(SystemExit):
         ddpm.train(**TINY)
     assert len(ddpm.load_checkpoint('checkpoints/tiny')['losses']) == 3
 

@@ -231,6 +231,30 @@ def test_many_images_are_files_of_eight_bits(workdir, monkeypatch, capsys, float
     assert '90 of 90 images, in outputs/tiny/90_images_seed_3/' in capsys.readouterr().out
 
 
+@pytest.mark.parametrize('at_once', [3, 40, 100])
+def test_the_pictures_hold_64_images_of_however_many_batches(workdir, monkeypatch, at_once):
+    """Large images are drawn a few at a time: every one of them is shown."""
+    ddpm.train(**{**TINY, 'num_epochs': 1})
+    monkeypatch.setattr(ddpm, 'IMAGES_AT_ONCE', {'cpu': at_once})
+    shown, last = {}, []
+    process = ddpm.reverse_process
+
+    def spy(model, x, *arguments):
+        for t, x in process(model, x, *arguments):  # noqa: B020
+            yield t, x
+        last.append(x)
+
+    def keep(frames, strip, *_, **__):
+        shown.update(frames)
+
+    monkeypatch.setattr(ddpm, 'reverse_process', spy)
+    monkeypatch.setattr(ddpm, 'draw_reverse_process', keep)
+    ddpm.inference('checkpoints/tiny', num_images=70, num_steps=3)
+    assert [*shown] == [20, 19, 10, 0]  # the noise, and every step
+    assert all(x.shape == (64, 1, 32, 32) for x in shown.values())
+    assert torch.equal(shown[0], torch.cat(last)[:64])
+
+
 def test_a_stop_keeps_the_images_that_are_finished(workdir, monkeypatch, capsys):
     ddpm.train(**TINY)
     monkeypatch.setattr(ddpm, 'IMAGES_AT_ONCE', {'cpu': 40})
@@ -279,6 +303,16 @@ def test_progress_is_always_drawn_from_the_same_noise(workdir):
     ddpm.train(**{**TINY, 'lr': 0.0, 'num_epochs': 2, 'sample_every': 1})
     first, second = (plt.imread(f'outputs/tiny/progress/epoch_00{i}.png') for i in (1, 2))
     assert np.array_equal(first, second) and first.std() > 0
+
+
+def test_progress_of_large_images_is_drawn_of_fewer(workdir, monkeypatch):
+    monkeypatch.setattr(ddpm, 'IMAGES_AT_ONCE', {'cpu': 8})
+    sizes, process = [], ddpm.reverse_process
+    monkeypatch.setattr(
+        ddpm, 'reverse_process', lambda m, x, *a: sizes.append(len(x)) or process(m, x, *a)
+    )
+    ddpm.train(**{**TINY, 'num_epochs': 1, 'sample_every': 1})
+    assert sizes == [8]
 
 
 def test_digits_are_dark_on_light_and_nothing_else_is(workdir, monkeypatch):

@@ -31,11 +31,11 @@ def assert_identical(a, b):
         assert same, name
 
 
-def test_overfits_a_handful_and_gives_it_back(workdir, monkeypatch):
-    few = few_images()[:2]
-    monkeypatch.setattr(ddpm, 'load_images', lambda *_: few.repeat(8, 1, 1, 1))
+def test_overfits_a_digit_and_gives_it_back(workdir, monkeypatch):
+    digit = few_images()[:1]
+    monkeypatch.setattr(ddpm, 'load_images', lambda *_: digit.repeat(16, 1, 1, 1))
     unet = {**SMALL, 'num_groups': 8, 'Attentions': [False] * 4, 'dropout_prob': 0.0}
-    numbers = dict(unet=unet, batch_size=16, num_epochs=600, lr=8e-3, num_time_steps=400)
+    numbers = dict(unet=unet, batch_size=16, num_epochs=500, lr=8e-3, num_time_steps=400)
     ddpm.train(**{**TINY, **numbers, 'ema_decay': 0.95, 'lr_decay': True})
     losses = load()['losses']
     assert losses[-50:].mean() < losses[:5].mean() / 25
@@ -44,11 +44,11 @@ def test_overfits_a_handful_and_gives_it_back(workdir, monkeypatch):
     ema = ModelEmaV3(ddpm.UNET(**saved['unet']))
     ema.load_state_dict(saved['ema'])
     x = torch.randn(8, 1, 32, 32, generator=torch.Generator().manual_seed(0))
-    truth = ddpm.to_input(few)
+    truth = ddpm.to_input(digit)
     for num_steps in (400, 30):
         *_, (_, out) = ddpm.reverse_process(ema.module, x, ddpm.DDPM_Scheduler(400), num_steps)
-        distance = (out[:, None] - truth[None]).square().mean((2, 3, 4)).min(1).values  # (8,)
-        assert distance.median() < 0.25 * (truth[0] - truth[1]).square().mean()
+        distance = (out - truth).square().mean((1, 2, 3))  # (8,)
+        assert distance.median() < 0.25 * truth.square().mean()
 
 
 def test_ema_is_the_closed_form(workdir):
