@@ -14,8 +14,8 @@ it stopped, also within a training; to measure a change anew delete its files th
 brings up to date benchmarks/results/ablations.json, ablations.md, the tables, and
 assets/ablations.png, where all digits come from the same noise.
 
-A difference that is not above twice what another seed makes (on the same weights: other noise), or
-that so few samples cannot tell, is called none.
+A difference that is not above twice what another seed or another machine makes (on the same
+weights: other noise), or that so few samples cannot tell, is called none.
 """
 
 import argparse
@@ -161,7 +161,9 @@ def sampler(
 
 # ---- The changes, in the order of the figure -----------------------------------------------------
 
-BASELINE, SEED, NOISE = 'the baseline', 'another seed', 'other noise'
+BASELINE, NOISE = 'the baseline', 'other noise'
+SEED, FLOAT32 = 'another seed', 'in float32'  # other runs of the same
+REPEATS = (SEED, FLOAT32, NOISE)
 
 
 def change(
@@ -224,6 +226,7 @@ V = {  # Salimans & Ho 2022
 LIST = [
     training(BASELINE, "The preview's, but for smaller batches."),
     training(SEED, 'The spread between runs.', seed=1),
+    training(FLOAT32, 'No 16-bit numbers.', half_precision=lambda device: None),
     training('without the EMA', 'It is steadier than the last step.', BASELINE, part='weights'),
     training('EMA 0.9999', "The article's: over some 10,000 steps.", ema_decay=0.9999),
     training('lr constant', "As the article's; the preview's falls to 0.", lr_decay=False),
@@ -324,6 +327,12 @@ def yardstick(count, device):
     return measure
 
 
+def machine(device):
+    """The machine, what it computes in, and the version of torch."""
+    name = torch.cuda.get_device_name() if device.type == 'cuda' else processor()
+    return f'{name}, {ddpm.half_precision(device) or torch.float32}, torch {version("torch")}'
+
+
 def cost(change, samples):
     """Of a part, in images that pass forward through the baseline's UNET."""
     numbers = numbers_of(change)
@@ -353,6 +362,7 @@ def work(folder, samples):
                     raise
                 part = {'failed': str(error).removesuffix(ddpm.TOO_FAR)}
             part['minutes'] = (time.monotonic() - began) / 60
+            part['machine'] = machine(device)
             ddpm.save_checkpoint(folder / file_name(change), part)
             write_result(folder, samples)
             bar.update(size)
@@ -391,10 +401,10 @@ def seen(change, parts):
     if 'failed' in parts[change.name]:
         return 'worse', f'Diverged: {parts[change.name]["failed"]}.'
     by, other = differences(change.name, change.against, parts), CHANGES[change.against]
-    if change.name in (BASELINE, SEED, NOISE) or not by:
+    if change.name in (BASELINE, *REPEATS) or not by:
         return '', ''
     same_weights = (change.weights, change.part) == (other.weights, other.part)
-    limits = margins([NOISE] if same_weights else [NOISE, SEED], parts)
+    limits = margins([NOISE] if same_weights else REPEATS, parts)
     by = {m: d for m, d in by.items() if abs(d) > limits[m]}
     against = f' against "{other.name}"' if other.name != BASELINE else ''
     if not by:
@@ -421,7 +431,7 @@ def report(parts):
                 what = f'**{change.name}** {change.why} {seen(change, parts)[1]}'.strip()
                 rows.append([what, *(short(part['scores']) if 'scores' in part else [''] * 4)])
         text += table([group, *MEASURES], rows) + '\n'
-    for what, repeats in (('on the same weights', [NOISE]), ('else', [NOISE, SEED])):
+    for what, repeats in (('on the same weights', [NOISE]), ('else', REPEATS)):
         text += f'Nothing is called seen {what} up to {in_words(margins(repeats, parts))}.\n'
     return text
 
@@ -482,8 +492,7 @@ def write_result(folder, samples):
     parts = {name: torch.load(path) for name, path in paths.items() if path.exists()}
     about = {
         'date': datetime.date.today().isoformat(),
-        'machine': torch.cuda.get_device_name() if torch.cuda.is_available() else processor(),
-        'versions': {package: version(package) for package in ('torch', 'torchmetrics', 'prdc')},
+        'versions': {package: version(package) for package in ('torchmetrics', 'prdc')},
         'hours': sum(part['minutes'] for part in parts.values()) / 60,
         'N': samples,
         'baseline': numbers_of(CHANGES[BASELINE]),

@@ -301,3 +301,11 @@ def test_bfloat16_is_close_to_float32(training):
         with ddpm.autocast(x.device):
             rough = model(x, t).float()
     assert 0 < (rough - exact).norm() / exact.norm() < 2e-2
+
+
+def test_the_compiler_sees_one_graph():
+    """Checks that read a tensor would break it in two."""
+    model = small_unet()
+    found = torch._dynamo.explain(model)(torch.randn(2, 1, 32, 32), torch.tensor([1, 2]))
+    torch._dynamo.reset()
+    assert (found.graph_count, found.graph_break_count) == (1, 0)

@@ -22,9 +22,14 @@ def spans(text):
     return Counter(' '.join(span.split()) for span in re.findall(r'`([^`]+)`', prose))
 
 
+def links(text):
+    """Where its links and pictures lead."""
+    return re.findall(r'(?:\]\(|src=")([^)"]+)', text)
+
+
 def figures(text):
     """Every number of the text, also 2.2 million and its 220 times ten thousand."""
-    text = re.sub(r'\]\([^)]*\)', ']', text)  # without where links lead
+    text = re.sub(r'\]\([^)]*\)|<img[^>]*>', ']', text)  # without where links lead
     found = Counter()
     for number, unit in re.findall(r'(\d+(?:\.\d+)*)( million| 万)?', text):
         scale = {' million': 1e6, ' 万': 1e4}.get(unit)
@@ -38,8 +43,11 @@ def test_the_two_pages_say_the_same():
     extra = spans(CHINESE) - spans(ENGLISH)
     assert not spans(ENGLISH) - spans(CHINESE) and set(extra) == own
     assert figures(ENGLISH) == figures(CHINESE) and len(figures(ENGLISH)) > 40
-    links = [re.findall(r'\]\((?!README)([^)]+)\)', text) for text in (ENGLISH, CHINESE)]
-    assert links[0] == links[1] and len(links[0]) > 8
+    found = [
+        [link for link in links(text) if not link.startswith('README')]
+        for text in (ENGLISH, CHINESE)
+    ]
+    assert found[0] == found[1] and len(found[0]) > 11
     assert [text.count('\n## ') for text in (ENGLISH, CHINESE)] == [7, 7]
 
 
@@ -49,7 +57,9 @@ def test_a_page_has_a_page(text):
 
 
 def test_what_they_name_is_there():
-    for link in re.findall(r'\]\(((?!http)[^)]+)\)', ENGLISH + CHINESE):
+    for link in links(ENGLISH + CHINESE):
+        if link.startswith('http'):
+            continue
         path, _, anchor = link.partition('#')
         headings = re.findall(r'^#+ (.*)', (ROOT / path).read_text(), re.M) if anchor else ['']
         names = [re.sub(r'[^\w -]', '', heading).lower().replace(' ', '-') for heading in headings]
