@@ -293,11 +293,11 @@ def train(
         scaler = torch.amp.GradScaler(device.type, enabled=half_precision(device) is torch.float16)
         ema = ModelEmaV3(model, decay=ema_decay)
         run.resume(model, optimizer, scaler, ema)
-        network = parallel_and_compiled(model, run)
+        network = parallel_and_compiled(model, run)  # the same weights
         draws = torch.Generator(device)
         draw_progress(ema.module, scheduler, run)  # if a stop prevented it
 
-        for epoch in range(run.done // run.steps, num_epochs):
+        for epoch in range(run.done // run.steps, num_epochs):  # steps done, steps an epoch
             # in place of a DataLoader: all images are on the device, in a new order each epoch
             shuffle = torch.Generator().manual_seed(seed_of(run.seed, 0, epoch))
             order = torch.randperm(len(images), generator=shuffle).to(device)
@@ -390,7 +390,8 @@ def inference(
     folder: str | None = None,
 ):
     """Draws images from the EMA weights of a checkpoint, by the UNET and the time steps that it
-    names, in num_steps steps of the reverse process (None: all, as in the article).
+    names, in num_steps steps of the reverse process (None: all, as in the article); num_time_steps,
+    if given, must be the checkpoint's.
 
     Their grid, its animation, and of the first ten the whole process go to folder (None:
     outputs/NAME OF THE CHECKPOINT), and to windows where there is a screen. More than 64 are also
