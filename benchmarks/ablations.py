@@ -223,6 +223,13 @@ V = {  # Salimans & Ho 2022
     'diffusion_loss': loss(lambda x, eps, abar: abar.sqrt() * eps - (1 - abar).sqrt() * x),
     'reverse_process': sampler(to_eps=lambda v, x, a: a.sqrt() * v + (1 - a).sqrt() * x),
 }
+MASKED = {'dropout_prob': 0.1, 'steps': 50, 'against': PLAIN}
+
+
+def left_on(kind):
+    return dict(weights=DROPOUT, steps=50, variance=lambda _, b: b, dropout_in=kind)
+
+
 LIST = [
     training(BASELINE, "The preview's, but for smaller batches."),
     training(SEED, 'The spread between runs.', seed=1),
@@ -254,13 +261,9 @@ LIST = [
     sampling('sigma² = beta-tilde', "The paper's second choice.", variance=lambda _, b: b),
     sampling('no noise added', 'A step draws; this takes the mean.', variance=lambda b, _: 0 * b),
     sampling('noise after last step', 'Algorithm 2 adds none there.', last=True),
-    change(
-        'sampling', DROPOUT, 'It is against overfitting.', '', PLAIN, dropout_prob=0.1, **ATTENTION
-    ),
-    sampling(
-        '... on in attention', "The article's code has it.", DROPOUT, dropout_in=ddpm.Attention
-    ),
-    sampling('... on everywhere', 'As if eval() were forgotten.', DROPOUT, dropout_in=nn.Module),
+    change('sampling', DROPOUT, 'Against overfitting. 50 steps.', **MASKED, **ATTENTION),
+    sampling('... on in attention', "The article's code has it.", **left_on(ddpm.Attention)),
+    sampling('... on everywhere', 'As if eval() were forgotten.', **left_on(nn.Module)),
     *(
         ddim(steps, eta, clip)
         for steps in (None, 100, 50, 20, 10)
