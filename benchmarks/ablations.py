@@ -479,7 +479,7 @@ def draw_figure(parts, path):
             y += 1.5
         if bottom == 0:
             ax.text(x, y, LEGEND, va='top', fontsize=10, linespacing=1.4)
-            y += 3
+            y += 4
         bottom = max(bottom, y - 0.5)
     ax.set(xlim=(0, 2 * COLUMN), ylim=(bottom, 0), aspect='auto')
     ax.axis('off')
