@@ -1142,8 +1142,8 @@ def claim(file):
         import fcntl  # which Windows lacks
 
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise
+    except (BlockingIOError, PermissionError) as error:  # the latter on some network mounts
+        raise BlockingIOError from error
     except (ImportError, OSError) as error:
         print_once(f'{file.name}: no locks here ({error}). Start no second run on this checkpoint.')
 
@@ -1213,9 +1213,11 @@ def check_tensors(saved):
         model = UNET(**saved['unet'])
     names = list(model.state_dict())
     parts = {part: saved[part] for part in ('weights', 'ema') if part in saved}
-    moments = saved['optimizer']['state'] if 'optimizer' in saved else {}
-    if moments and list(moments) != list(range(len(names))):
+    moments = saved['optimizer'].get('state') if 'optimizer' in saved else {}
+    if moments is None or moments and list(moments) != list(range(len(names))):
         raise ValueError('its optimizer is not that of its UNET')
+    for state in moments.values():  # once the step was an int
+        state['step'] = torch.as_tensor(state['step'], dtype=torch.float32)
     for kind in ('exp_avg', 'exp_avg_sq') if moments else ():
         parts[kind] = {name: moments[i][kind] for i, name in enumerate(names)}
     if saved['losses'].ndim != 1 or saved['losses'].dtype != torch.float32:

@@ -136,6 +136,14 @@ BROKEN = {
         set_entry('optimizer', 'state', 3, 'exp_avg', value=lambda w: w * NAN),
         'exp_avg late_conv.bias is not finite',
     ),
+    'an empty optimizer': (
+        set_entry('optimizer', value={}),
+        'its optimizer is not that of its UNET',
+    ),
+    'a string for the step': (
+        set_entry('optimizer', 'state', 3, 'step', value='x'),
+        'not a usable checkpoint',
+    ),
     'a moment less': (
         changed(lambda s: s['optimizer']['state'].pop(3) is s),
         'its optimizer is not that of its UNET',
