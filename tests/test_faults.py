@@ -413,6 +413,16 @@ def test_a_file_system_without_locks(workdir, monkeypatch, capsys):
     assert len(ddpm.load_checkpoint('checkpoints/tiny')['losses']) == 6
 
 
+@pytest.mark.parametrize('number', [errno.EAGAIN, errno.EACCES])  # the latter on network mounts
+def test_a_lock_that_is_refused(workdir, monkeypatch, number):
+    def refuse(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr('fcntl.flock', refuse)
+    with pytest.raises(ddpm.UserError, match='another run is using checkpoints/tiny'):
+        ddpm.train(**TINY)
+
+
 def test_saves_are_minutes_apart(workdir, monkeypatch):
     """By a clock that goes 5 s a reading: with save_minutes=1 some steps save, most do not."""
     clock, saved = itertools.count(0, 5), []
