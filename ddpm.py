@@ -40,7 +40,7 @@ import time
 import warnings
 import zipfile
 import zlib
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
@@ -635,10 +635,8 @@ def choose_kernels(device, repeatable):
 def parallel_and_compiled(model, run):
     """The model as the training loop calls it: with gradients averaged over the processes, and
     compiled if the run is long. The weights are those of `model`."""
-    network, problem = model, None
-    if run.world > 1:
-        network = DistributedDataParallel(model, broadcast_buffers=False)
-    device = next(model.parameters()).device
+    network = DistributedDataParallel(model, broadcast_buffers=False) if run.world > 1 else model
+    device, problem = next(model.parameters()).device, None
     # run.total, not what is left of it: a run that goes on must compute as it did before
     if run.total < LONG_RUN or device.type == 'mps':
         return network
@@ -688,8 +686,7 @@ def as_a_program():
             time.sleep(10)  # process 0 has the word; if it has failed, torchrun ends this one now
         line = reason(error)
         if re.search("out of memory|can't allocate memory", str(error)):  # CUDA and MPS; the CPU
-            what = 'batch_size, num_images or the Channels of unet'
-            line = f'out of memory: lower {what}, under EDIT HERE'
+            line = 'out of memory: lower batch_size, num_images or Channels, under EDIT HERE'
         elif not isinstance(error, UserError | OSError | MemoryError):
             raise
         sys.exit(f'ddpm.py: {line}')
@@ -698,13 +695,12 @@ def as_a_program():
 def join_processes():
     if int(os.environ.get('WORLD_SIZE', 1)) == 1:
         return
-    gpus, backend = torch.cuda.device_count(), 'gloo'
+    gpus = torch.cuda.device_count()
     if gpus:
         if int(os.environ['LOCAL_WORLD_SIZE']) > gpus:
             raise UserError(f'--nproc-per-node must be {gpus} or less, the number of GPUs here')
         torch.cuda.set_device(best_device())
-        backend = 'cpu:gloo,cuda:nccl'
-    dist.init_process_group(backend)
+    dist.init_process_group('cpu:gloo,cuda:nccl' if gpus else 'gloo')
 
 
 # ---- Checks: a bad number is named, with what would be right, before any work is done ----------
@@ -921,31 +917,25 @@ class Run:
         if size % self.world:
             raise UserError(f'batch_size is {size}, which {self.world} processes cannot share')
         self.share = slice(self.rank * size // self.world, (self.rank + 1) * size // self.world)
-        self.lock, self.bar, self.done, self.signals, self.handlers = None, None, 0, [], {}
+        self.bar, self.done, self.signals, self.exits = tqdm(disable=True), 0, [], ExitStack()
 
     def __enter__(self):
         if self.rank:
             return self
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.lock = open(f'{self.path}.lock', 'w')
-            claim(self.lock)
-        except BlockingIOError:
-            raise UserError(f'another run is using {self.path}: change checkpoint_path') from None
+            lock = self.exits.enter_context(open(f'{self.path}.lock', 'w'))
         except OSError as error:
             raise UserError(f'cannot write {self.path} ({error}): change checkpoint_path') from None
+        claim(lock, self.path)
         return self
 
     def __exit__(self, kind, *_):
-        for signum, handler in self.handlers.items():
-            signal.signal(signum, handler)
-        if self.bar is not None:
+        with self.exits:
             with suppress(OSError):
                 self.bar.close()
-        if self.done and kind and issubclass(kind, OSError):  # nobody reads the output any more
-            self.save(last=True)
-        if self.lock:
-            self.lock.close()
+            if self.done and kind and issubclass(kind, OSError):  # nobody reads the output any more
+                self.save(last=True)
 
     def is_finished(self):
         """Reads the checkpoint, if there is one. Raises UserError if it is that of another run."""
@@ -957,46 +947,37 @@ class Run:
         self.seed = self.config['seed']
         done = len(saved['losses']) // saved['steps'] if saved and saved['steps'] else 0
         finished = done >= self.config['num_epochs']
-        numbers = {**self.unet, **self.config, 'time_steps': self.config['num_time_steps']}
-        self.compare(numbers, quietly=finished)
+        self.compare({**self.unet, **self.config})
         if finished:
             print_once(f'{self.path}: {done} epochs are done; a larger num_epochs trains on')
         return finished
 
-    def compare(self, numbers, quietly=False):
-        """Raises UserError where a number is not the checkpoint's, so that the run could not go on
-        exactly; prints those that may change."""
+    def compare(self, numbers):
+        """Raises UserError where a number that may not change is not the checkpoint's, so that the
+        run could not go on exactly."""
         for name, now in numbers.items():
             then = plain(self.before.get(name, now))
-            if then == now:
-                continue
-            if name not in MAY_CHANGE:
+            if then != now and name not in MAY_CHANGE:
                 raise UserError(
                     f'{self.path} is from a run with {name}={then!r:.99}, this one has '
                     f'{name}={now!r:.99}: put it back, or to start afresh change checkpoint_path'
                 )
-            if not quietly:
-                print_once(f'{name} was {then}, is {now} from here on')
 
     def begin_with(self, images):
         """Settles what depends on the images, (N, C, H, W) uint8. Raises UserError if they are too
         few or not those of the checkpoint."""
-        size, T = self.config['batch_size'], self.config['num_time_steps']
+        size, name = self.config['batch_size'], self.config['dataset']
         self.steps = len(images) // size  # of an epoch; the last partial batch is dropped
         if self.steps == 0:
-            name = self.config['dataset']
             raise UserError(f'batch_size is {size}, but {name} has {len(images)} images')
         self.total = self.steps * self.config['num_epochs']
         self.image_shape = to_input(images[:1]).shape[1:]
-        self.unet = unet_arguments(self.unet, images.shape[1], T)
+        self.unet = unet_arguments(self.unet, images.shape[1], self.config['num_time_steps'])
         side, factor = self.image_shape[-1], 2 ** (len(self.unet['Channels']) // 2)
         if side % factor:
-            raise UserError(
-                f'image_size is {side}, but must be a multiple of {factor} for this UNET'
-            )
-        data = f'{len(images)} images, CRC {zlib.crc32(images.numpy()):08x}'
-        self.compare({**self.unet, 'data': data})
-        self.config['data'] = data
+            raise UserError(f'image_size is {side}, but this UNET needs a multiple of {factor}')
+        self.config['data'] = f'{len(images)} images, CRC {zlib.crc32(images.numpy()):08x}'
+        self.compare({**self.unet, 'data': self.config['data']})
 
     def resume(self, model, optimizer, scaler, ema):
         """Puts the checkpoint into them; the optimizer's numbers stay as they are."""
@@ -1016,12 +997,16 @@ class Run:
                     state[name] = torch.empty_like(parameter).copy_(state[name])
             if saved['scaler']:
                 scaler.load_state_dict(saved['scaler'])
+            for name, now in self.config.items():  # those of MAY_CHANGE: others are compared
+                if (then := self.before.get(name, now)) != now:
+                    print_once(f'{name} was {then}, is {now} from here on')
             print_once(f'{self.path}: going on after {self.progress()}')
         self.next_save = time.monotonic() + 60 * self.config['save_minutes']
         if threading.current_thread() is threading.main_thread():  # no other may set handlers
             for signum in (signal.SIGINT, signal.SIGTERM, getattr(signal, 'SIGHUP', signal.SIGINT)):
                 if signal.getsignal(signum) is not signal.SIG_IGN:  # as under nohup
-                    self.handlers.setdefault(signum, signal.signal(signum, self.note_signal))
+                    before = signal.signal(signum, self.note_signal)
+                    self.exits.callback(signal.signal, signum, before)
 
     def note_signal(self, signum, _):
         self.signals.append(signum)
@@ -1092,7 +1077,7 @@ class Run:
         """Writes the checkpoint. Raises UserError if the run has diverged, or if the file cannot be
         written and there will be no later chance."""
         self.mean_loss((self.done - 1) // self.steps)
-        losses = self.losses[: self.done].cpu()
+        losses = self.losses[: self.done].clone().cpu()  # a view is saved with all of its tensor
         best, recent = losses.nan_to_num(1).min().item(), losses[-20:].nanmedian().item()
         if best < 0.5 and recent > 0.9:  # 1 is the loss of predicting nothing
             raise UserError(f'the run has diverged, its loss is {recent:.3g} again{TOO_FAR}')
@@ -1103,8 +1088,7 @@ class Run:
         state = {name: part.state_dict() for name, part in parts.items()}
         groups = plain(state['optimizer']['param_groups'])  # may hold numpy's numbers
         state['optimizer']['param_groups'] = groups
-        state |= {'unet': self.unet, 'config': self.config, 'steps': self.steps}
-        state |= {'losses': self.losses[: self.done].clone()}
+        state |= dict(unet=self.unet, config=self.config, steps=self.steps, losses=losses)
         try:
             check_tensors(state)
             save_checkpoint(self.path, state)
@@ -1119,8 +1103,7 @@ class Run:
     def stop_if_asked(self):
         (signum,) = largest_of_all(max(self.signals, default=0))
         if signum:
-            if self.bar is not None:
-                self.bar.close()
+            self.bar.close()
             saved = f'all saved in {self.path}' if self.done else 'with nothing to save'
             with suppress(OSError):  # the terminal may be closed
                 print_once(f'\nStopped after {self.progress()}, {saved}. Run again to go on.')
@@ -1135,17 +1118,17 @@ class Run:
             print(f'Trained for {epochs} epochs: {self.path}. A larger num_epochs trains on.')
 
 
-def claim(file):
-    """Makes a file this process's until that ends, however it ends. Raises BlockingIOError if it is
-    another's; where the file system has no locks, that is printed."""
+def claim(lock, path):
+    """Makes a path's lock this process's until that ends, however it ends. Raises UserError if it
+    is another's; where the file system has no locks, that is printed."""
     try:
         import fcntl  # which Windows lacks
 
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError) as error:  # the latter on some network mounts
-        raise BlockingIOError from error
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):  # the latter on some network mounts
+        raise UserError(f'another run is using {path}: change checkpoint_path') from None
     except (ImportError, OSError) as error:
-        print_once(f'{file.name}: no locks here ({error}). Start no second run on this checkpoint.')
+        print_once(f'{lock.name}: no locks here ({error}). Start no second run on this checkpoint.')
 
 
 def save_checkpoint(path, state):
@@ -1198,10 +1181,8 @@ def load_checkpoint(path, to_train=False):
         why = reason(error, -1)
         if isinstance(error, pickle.UnpicklingError):
             why = 'it is none, or holds more than tensors and plain values'
-        raise UserError(
-            f'{path} is not a usable checkpoint: {why}. It stays as it is: to start afresh, move '
-            'it away or change checkpoint_path'
-        ) from None
+        advice = 'It stays as it is: to start afresh, move it away or change checkpoint_path'
+        raise UserError(f'{path} is not a usable checkpoint: {why}. {advice}') from None
     if to_train and drawing_only:
         raise UserError(f'{path} is only to be drawn from: to train, change checkpoint_path')
     return saved
@@ -1299,7 +1280,6 @@ def save_one_by_one(x, folder, first):
 
 def draw_reverse_process(frames, strip, folder, dark_on_light):
     """frames: {t: (B, C, H, W)} from noise to images; strip: the times to show side by side."""
-    frames = {t: x.clamp(0, 1) for t, x in frames.items()}
     if dark_on_light:
         frames = {t: 1 - x for t, x in frames.items()}
     last = frames[strip[-1]]
@@ -1312,16 +1292,14 @@ def draw_reverse_process(frames, strip, folder, dark_on_light):
     film[0].save(folder / 'reverse.gif', **options)
 
     rows = min(10, len(last))
-    shape = (len(strip), rows + 0.3)
-    figure, axes = plt.subplots(rows, len(strip), figsize=shape, squeeze=False)
+    figure, axes = plt.subplots(rows, len(strip), figsize=(len(strip), rows + 0.3), squeeze=False)
     figure.subplots_adjust(0, 0, 1, 1 - 0.3 / rows, wspace=0.05, hspace=0.05)
     for i, row in enumerate(axes):
         display_reverse([frames[t][i] for t in strip], row)
     for ax, t in zip(axes[0], strip):
         ax.set_title(f't = {t}' if ax is not axes[0][-1] else '$x_0$', fontsize=9)
     figure.savefig(folder / 'reverse.png', dpi=100)
-    names = 'reverse.png, digits.png, grid.png, reverse.gif'
-    print(f'Drawn, in {folder}/: {names}', flush=True)
+    print(f'Drawn, in {folder}/: reverse.png, digits.png, grid.png, reverse.gif', flush=True)
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')  # where there is no screen
         plt.show()
