@@ -11,6 +11,8 @@ from types import SimpleNamespace
 
 ROOT = Path(__file__).parent.parent
 os.environ['MPLBACKEND'] = 'Agg'
+GPU = os.environ.get('CUDA_VISIBLE_DEVICES', '0')
+os.environ['CUDA_VISIBLE_DEVICES'] = ''  # all but test_cuda.py is about a CPU
 os.environ['OMP_NUM_THREADS'] = '1'  # the tests themselves run side by side
 os.environ['PYTHONPATH'] = os.pathsep.join([str(ROOT), str(ROOT / 'tests')])  # of what they start
 sys.path[:0] = [str(ROOT), str(ROOT / 'tests')]
@@ -126,8 +128,8 @@ def finish(process, folder):
     )
 
 
-def run_program(folder, edits, *flags):
-    return finish(start_program(folder, edits, *flags), folder)
+def run_program(folder, edits, *flags, **environment):
+    return finish(start_program(folder, edits, *flags, **environment), folder)
 
 
 TINY_PREVIEW = (

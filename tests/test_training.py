@@ -12,7 +12,7 @@ import ddpm
 
 
 def load(path='checkpoints/tiny'):
-    return torch.load(path, weights_only=True)
+    return torch.load(path, map_location='cpu', weights_only=True)
 
 
 def flat(value, name=''):
@@ -370,13 +370,3 @@ def test_on_real_mnist_the_loss_falls(workdir):
         ddpm.load_images = original
     losses = load()['losses']
     assert losses[-10:].mean() < losses[:3].mean() / 4
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason='no CUDA')
-def test_on_cuda_the_full_unet_repeats_and_resumes_bit_for_bit(workdir):
-    numbers = {**TINY, 'unet': {}, 'num_epochs': 4}  # with dropout and attention
-    for path, parts in (('one', [4]), ('two', [4]), ('parts', [1, 3, 4])):
-        for epochs in parts:
-            ddpm.train(**{**numbers, 'num_epochs': epochs, 'checkpoint_path': path})
-    assert_identical(load('one'), load('two'))
-    assert_identical(load('one'), load('parts'))
