@@ -1,21 +1,25 @@
 """The measured full run: everything that a machine with a GPU has to tell, by one command.
 
-    python benchmarks/full_run.py FOLDER [--minutes 9.5] [--weights]
+    python benchmarks/full_run.py FOLDER [--minutes 9.5] [--after results.json] [--weights 0 1 2]
     python benchmarks/full_run.py --export CHECKPOINT FILE
 
-Does one part after the other: two epochs (start-up, seconds an epoch, memory), where a step's time
-goes, speed beside others, how large attention's queries and keys grow, the CHOICES not yet made,
-the whole run of FULL, the ten digits, their quality in 1000 and in 50 steps, the queries and keys
-of the trained weights and in the end, with --weights, those weights. Each part is written to
-outputs/full_run/ as it finishes, and FOLDER is brought up to date after each: results.json with the
-figures of all parts, pictures.zip with what `ddpm.py` drew. Called again it goes on where it
-stopped, also in the middle of training: when --minutes are over it stops the run as Ctrl-C would. A
-part whose packages are not installed is skipped, with a line that says so; another failure is noted
-in results.json.
+Does one part after the other, what matters most first: the whole run of FULL, the ten digits, their
+quality in 50 and in 1000 steps, the queries and keys of the trained weights; then two epochs
+(start-up, seconds an epoch, memory), where a step's time goes, speed beside others, how large
+attention's queries and keys grow in training, and each of the CHOICES not yet made. Each part is
+written to outputs/full_run/ as it finishes, and FOLDER is brought up to date after each:
+results.json with the figures of all parts, pictures.zip with what `ddpm.py` drew. A part whose
+packages are not installed is skipped, with a line that says so; another failure is noted in
+results.json.
+
+When --minutes are over it stops, the training as Ctrl-C would, and begins no part that is LONG when
+little is left. Called again on the same machine it goes on where it stopped, also in the middle of
+training. On another one, where the checkpoint is not, --after takes the results.json of before and
+does only what is not in there: what needs the checkpoint fails.
 
 --export writes what is needed to draw, the EMA weights in half precision, to a file that
-`ddpm.py --sample FILE` takes. --weights does the same, in pieces of at most 15 MB; manifest.json
-names them in order, with their SHA-256. Joined, they are that file.
+`ddpm.py --sample FILE` takes. --weights cuts that file into pieces of 15 MB and brings back those
+with the given numbers; manifest.json names all, in order, with their SHA-256.
 """
 
 import argparse
@@ -50,9 +54,11 @@ PARTS = Path('outputs/full_run')
 COMPILED = mock.patch.object(ddpm, 'LONG_RUN', 0)  # as the whole run is, however short
 PLAIN = mock.patch.object(ddpm, 'LONG_RUN', float('inf'))  # so that modules can be looked into
 BACKEND = 'inductor'  # of torch.compile
-SPEED = []  # further arguments of speed.py
+SPEED = ['--rounds', '3', '--steps', '100', '--seconds', '0']  # arguments of speed.py
+LONG = {'part-04-quality-1000': 6, 'part-08-speed': 6}  # minutes, at a guess
 LARGEST = 15_000_000  # bytes of a file with weights
-KINDS = {  # of what the device runs, by parts of the names of its kernels
+KINDS = {  # of what the device runs, by parts of the names of its kernels; the first that fits
+    'fused by the compiler: norms, activations, casts': ('triton_poi', 'triton_red', 'triton_per'),
     'attention': ('flash', 'fmha', 'attention', 'softmax'),
     'convolutions and matrix products': (
         *('conv', 'gemm', 'cudnn', 'cutlass', 'xmma', 'wgrad', 'dgrad', 'mkldnn', 'nvjet'),
@@ -109,6 +115,7 @@ def step_profile(first=20, count=20):
 
     def watch(run):
         if run.done == first:
+            speed.now(ddpm.best_device())
             profiler.start()
             began.append(time.monotonic())
         if run.done == first + count:
@@ -125,7 +132,8 @@ def step_profile(first=20, count=20):
     device = torch.autograd.DeviceType.CUDA if cuda else torch.autograd.DeviceType.CPU
     total, shares = (began[1] - began[0]) * 1e6, {}
     for event in table:
-        if event.device_type == device and (spent := getattr(event, sort)):
+        spent = getattr(event, sort)
+        if event.device_type == device and spent and not event.is_user_annotation:
             name = event.key.lower()
             kinds = [kind for kind, words in KINDS.items() if any(w in name for w in words)]
             kind = kinds[0] if kinds else 'other elementwise'
@@ -311,23 +319,23 @@ def sampling_of(model, images, batch_size, pieces='', capture=False, **options):
     return stepped
 
 
-CHOICES = {
+CHOICES = {  # what fails in a CUDA graph may spoil what comes after it: the graphs are last
     'training: plain': step_of,
     'training: as in ddpm.py': partial(step_of, pieces='model'),
-    'training: max-autotune': partial(step_of, pieces='model', mode='max-autotune-no-cudagraphs'),
-    'training: reduce-overhead': partial(step_of, pieces='model', mode='reduce-overhead'),
-    'training: gather and noise compiled too': partial(step_of, pieces='loss'),
-    'training: all compiled, with optimizer and EMA': partial(step_of, pieces='loss update'),
-    'training: one CUDA graph': partial(step_of, capture=True),
-    'training: all compiled, one CUDA graph': partial(step_of, pieces='loss update', capture=True),
     'ten digits: as in ddpm.py': sampling_of,
     'ten digits: compiled': partial(sampling_of, pieces='model'),
+    'training: gather and noise compiled too': partial(step_of, pieces='loss'),
+    'training: all compiled, with optimizer and EMA': partial(step_of, pieces='loss update'),
+    'training: max-autotune': partial(step_of, pieces='model', mode='max-autotune-no-cudagraphs'),
     'ten digits: one CUDA graph': partial(sampling_of, capture=True),
     'ten digits: compiled, one CUDA graph': partial(sampling_of, pieces='model', capture=True),
+    'training: one CUDA graph': partial(step_of, capture=True),
+    'training: all compiled, one CUDA graph': partial(step_of, pieces='loss update', capture=True),
+    'training: reduce-overhead': partial(step_of, pieces='model', mode='reduce-overhead'),
 }
 
 
-def tried(choice, unet, images, count):
+def timed(choice, unet, images, count):
     """Milliseconds a step, memory, and seconds until the first step is done."""
     device, start = images.device, time.monotonic()
     torch.manual_seed(0)
@@ -344,23 +352,24 @@ def tried(choice, unet, images, count):
     return figures
 
 
-def choices(count=200):
-    """Every choice for itself; one that fails has decided itself."""
-    device, found = ddpm.best_device(), {}
+def tried(name, count=200):
+    """A choice for itself; one that fails has decided itself."""
+    device = ddpm.best_device()
     images = ddpm.load_images(ddpm.FULL['dataset']).to(device)
     unet = ddpm.unet_arguments(ddpm.FULL['unet'], images.shape[1], ddpm.FULL['num_time_steps'])
     ddpm.choose_kernels(device, repeatable=False)
-    for name, choice in CHOICES.items():
-        torch.compiler.reset()
-        gc.collect()
-        if device.type == 'cuda':
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
-        try:
-            found[name] = tried(choice, unet, images, count)
-        except Exception as error:
-            found[name] = {'failed': f'{type(error).__name__}: {ddpm.reason(error)}'}
-        print(name, found[name], flush=True)
+    torch.compiler.reset()
+    gc.collect()
+    if device.type == 'cuda':
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    dtype = ddpm.half_precision(device)  # asking would break a compiled graph
+    try:
+        with mock.patch.object(ddpm, 'half_precision', lambda device: dtype):
+            found = timed(CHOICES[name], unet, images, count)
+    except Exception as error:
+        found = {'failed': f'{type(error).__name__}: {ddpm.reason(error)}'}
+    print(name, found, flush=True)
     return found
 
 
@@ -409,10 +418,15 @@ def quality_in(steps, samples):
     import quality  # its packages may be missing
 
     path = ddpm.FULL['checkpoint_path']
+    result = PARTS / f'quality-{Path(path).name}-{steps}.json'
     arguments = f'{path} --samples {samples} --steps {steps} --output {PARTS}'.split()
     with mock.patch.object(sys, 'argv', ['quality.py', *arguments]):
-        quality.main()
-    return json.loads((PARTS / f'quality-{Path(path).name}-{steps}.json').read_text())
+        try:
+            quality.main()
+        except SystemExit:
+            if not result.exists():  # else it is of the controls, and in there
+                raise
+    return json.loads(result.read_text())
 
 
 def export(checkpoint, file):
@@ -423,17 +437,17 @@ def export(checkpoint, file):
     ddpm.load_checkpoint(file)  # raises UserError where a weight is too large for half precision
 
 
-def weights(folder):
-    """The exported weights, in several files."""
+def weights(folder, wanted):
+    """Writes those of the pieces of the exported weights that are wanted, and a manifest of all."""
     whole, manifest = PARTS / 'weights', {}
     export(ddpm.FULL['checkpoint_path'], whole)
     content = whole.read_bytes()
     for i in range(0, len(content), LARGEST):
         name, piece = f'weights-{i // LARGEST}.bin', content[i : i + LARGEST]
-        (folder / name).write_bytes(piece)
+        if i // LARGEST in wanted:
+            (folder / name).write_bytes(piece)
         manifest[name] = hashlib.sha256(piece).hexdigest()
     (folder / 'manifest.json').write_text(json.dumps(manifest, indent=1) + '\n')
-    return {'bytes': len(content), 'sha256': hashlib.sha256(content).hexdigest()}
 
 
 def bring_up_to_date(folder, about):
@@ -453,7 +467,9 @@ def main(arguments=None):
     parser.add_argument('--export', nargs=2, metavar=('CHECKPOINT', 'FILE'), help=what)
     parser.add_argument('--minutes', type=float, default=9.5, help='when to stop training')
     parser.add_argument('--samples', type=int, default=10_000, help='for the quality')
-    parser.add_argument('--weights', action='store_true', help='bring back the weights too')
+    parser.add_argument('--after', type=Path, metavar='RESULTS', help='keep the figures in there')
+    what = 'bring back these pieces of the weights too'
+    parser.add_argument('--weights', type=int, nargs='+', default=[], help=what)
     args = parser.parse_args(arguments)
     if args.export:
         try:
@@ -470,27 +486,33 @@ def main(arguments=None):
         'versions': {package: version(package) for package in ('torch', 'torchvision', 'timm')},
     }
     parts = {
-        'part-01-two-epochs': two_epochs,
-        'part-02-profile': step_profile,
-        'part-03-speed': speeds,
-        'part-04-attention': attention_in_training,
-        'part-05-choices': choices,
-        'part-06-whole-run': lambda: whole_run(deadline),
-        'part-07-ten-digits': ten_digits,
-        'part-08-quality-1000': lambda: quality_in(ddpm.FULL['num_time_steps'], args.samples),
-        'part-09-quality-50': lambda: quality_in(ddpm.FEW_STEPS, args.samples),
-        'part-10-attention-trained': attention_of_the_weights,
+        'part-01-whole-run': lambda: whole_run(deadline),
+        'part-02-ten-digits': ten_digits,
+        'part-03-quality-50': lambda: quality_in(ddpm.FEW_STEPS, args.samples),
+        'part-04-quality-1000': lambda: quality_in(ddpm.FULL['num_time_steps'], args.samples),
+        'part-05-attention-trained': attention_of_the_weights,
+        'part-06-two-epochs': two_epochs,
+        'part-07-profile': step_profile,
+        'part-08-speed': speeds,
+        'part-09-attention': attention_in_training,
     }
-    if args.weights:
-        parts['part-11-weights'] = lambda: weights(args.folder)
+    for i, name in enumerate(CHOICES, 10):
+        parts[f'part-{i}-{name.replace(": ", ", ")}'] = partial(tried, name)
     for folder in (args.folder, PARTS):
         folder.mkdir(parents=True, exist_ok=True)
+    before = json.loads(args.after.read_text()) if args.after else {}
+    for name in parts.keys() & before.keys():
+        (PARTS / f'{name}.json').write_text(json.dumps(before[name]) + '\n')
+    begun = False
     for name, part in parts.items():
         path = PARTS / f'{name}.json'
         if path.exists():
             print(f'{name}: done before')
             continue
         start = time.monotonic()
+        if begun and start + 60 * LONG.get(name, 0) > deadline:
+            print(f'{name}: too little time is left; call again to go on')
+            break
         try:
             figures = part()
         except ImportError as error:
@@ -505,11 +527,14 @@ def main(arguments=None):
             continue
         finally:
             bring_up_to_date(args.folder, about)
+        begun = True
         temporary = path.with_suffix('.tmp')
         temporary.write_text(json.dumps(figures | {'seconds': time.monotonic() - start}) + '\n')
         os.replace(temporary, path)
         bring_up_to_date(args.folder, about)
         print(f'{name}: {time.monotonic() - start:.0f} s', flush=True)
+    if args.weights and (PARTS / 'part-01-whole-run.json').exists():
+        weights(args.folder, args.weights)
     return about.get('failed')
 
 

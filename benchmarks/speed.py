@@ -165,9 +165,12 @@ class Stepwise:
     """A contestant whose training is a generator."""
 
     steps = None
+    deterministic = False  # cuDNN, as its users find it
 
     def train(self, batch_size, steps):
         """Seconds that `steps` steps take, after WARM others."""
+        torch.backends.cudnn.deterministic = self.deterministic
+        torch.backends.cudnn.benchmark = False  # ddpm.train leaves it on
         self.steps = self.steps or self.training(batch_size)  # its workers live on between turns
         return pace(self.steps, steps, self.device, WARM)
 
@@ -189,6 +192,7 @@ class ArticleUNET(ddpm.UNET):
 
 class Article(Stepwise):
     name = "the article's"
+    deterministic = True  # its set_seed has it so
 
     def __init__(self, size, device):
         self.device = device
@@ -455,6 +459,7 @@ def curves(size, device, batch_size, steps, seconds):
         work = count * max(side, 32) ** 2
         if (expected.get(axis, 0) * work) * (steps + WARM) > seconds:
             continue
+        torch.compiler.reset()  # else the later ones are compiled for any size
         try:
             taken = ours.train(count, steps, side)
         except torch.OutOfMemoryError as error:

@@ -44,7 +44,7 @@ def test_every_part_and_going_on(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(full_run, 'speeds', lambda: {'images a second': 1.0})
     monkeypatch.setattr(full_run, 'LARGEST', 2000)
     monkeypatch.setattr(full_run, 'step_profile', partial(full_run.step_profile, 2, 3))
-    monkeypatch.setattr(full_run, 'choices', lambda: {'plain': {'milliseconds a step': 1.0}})
+    monkeypatch.setattr(full_run, 'tried', lambda name: {'milliseconds a step': 1.0})
 
     def quality_in(steps, samples):
         if steps == ddpm.FEW_STEPS:
@@ -54,27 +54,32 @@ def test_every_part_and_going_on(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(full_run, 'quality_in', quality_in)
     out = tmp_path / 'out'
     monkeypatch.setattr(full_run, 'BACKEND', 'eager')
-    full_run.main([str(out), '--minutes', '0', '--weights'])  # training is stopped at once
+    full_run.main([str(out), '--minutes', '0', '--weights', '0'])  # training is stopped at once
     assert 'call again to go on' in capsys.readouterr().out
+    assert not any('part' in name for name in json.loads((out / 'results.json').read_text()))
+    assert not (out / 'manifest.json').exists()
+
+    monkeypatch.setitem(full_run.LONG, 'part-04-quality-1000', 1000)
+    assert not full_run.main([str(out)])
+    assert 'part-04-quality-1000: too little time is left' in capsys.readouterr().out
+    assert not full_run.main([str(out), '--weights', *map(str, range(100))])  # it is the first now
+    said = capsys.readouterr().out
+    assert 'part-01-whole-run: done before' in said
+    assert 'part-03-quality-50: skipped, prdc is not installed' in said
     results = json.loads((out / 'results.json').read_text())
-    assert results['part-01-two-epochs']['seconds an epoch'] > 0
-    shares = results['part-02-profile']['shares of the time']
+    assert results['part-06-two-epochs']['seconds an epoch'] > 0
+    shares = results['part-07-profile']['shares of the time']
     assert shares['convolutions and matrix products'] > 0.05
     assert sum(shares.values()) == pytest.approx(1)
-    assert results['part-04-attention']['largest of each layer']['Layer2.attention_layer']['q'] > 0
-    assert 'part-06-whole-run' not in results
-
-    assert not full_run.main([str(out), '--weights'])
-    said = capsys.readouterr().out
-    assert 'part-01-two-epochs: done before' in said
-    assert 'part-09-quality-50: skipped, prdc is not installed' in said
-    results = json.loads((out / 'results.json').read_text())
-    assert len(results['part-06-whole-run']['loss of each epoch']) == 2
-    assert len(results['part-06-whole-run']['seconds of each call, pictures included']) == 2
+    assert results['part-09-attention']['largest of each layer']['Layer2.attention_layer']['q'] > 0
+    assert len(results['part-01-whole-run']['loss of each epoch']) == 2
+    assert len(results['part-01-whole-run']['seconds of each call, pictures included']) == 2
+    choices = [name[8:].replace(', ', ': ', 1) for name in results if 'part-' in name][8:]
+    assert choices == [*full_run.CHOICES]
     with zipfile.ZipFile(out / 'pictures.zip') as archive:
         drawn = {f'full/{name}' for name in ('reverse.png', 'reverse.gif', 'grid.png', 'loss.png')}
         assert {*drawn, 'full_run/ten_digits/digits.png'} <= set(archive.namelist())
-    trained = results['part-10-attention-trained']
+    trained = results['part-05-attention-trained']
     assert trained['ema']['Layer2.attention_layer'].keys() == {'q', 'k'}
     assert 'failed' not in results
 
@@ -88,6 +93,15 @@ def test_every_part_and_going_on(tmp_path, monkeypatch, capsys):
     (tmp_path / 'joined').write_bytes(content)
     ddpm.inference('joined', num_steps=2, num_images=1)
     assert sorted(p.name for p in (tmp_path / 'checkpoints').glob('*[!k]')) == ['full']
+
+    # on another machine
+    (tmp_path / 'elsewhere').mkdir()
+    monkeypatch.chdir(tmp_path / 'elsewhere')
+    monkeypatch.setattr(full_run, 'quality_in', lambda *_: {'FD': 3.0})
+    assert not full_run.main(['out', '--after', str(out / 'results.json')])
+    parts = json.loads(Path('out/results.json').read_text())
+    assert parts == results | {'part-03-quality-50': parts['part-03-quality-50']}
+    assert parts['part-03-quality-50']['FD'] == 3.0
 
 
 def test_an_exported_file_draws_what_its_checkpoint_does(tiny_full):
@@ -143,10 +157,9 @@ def test_every_choice_is_timed_for_itself(tiny_full, monkeypatch):
         raise RuntimeError('no graphs\nhere')
 
     monkeypatch.setitem(full_run.CHOICES, 'broken', broken)
-    found = full_run.choices(2)
-    assert found.pop('broken') == {'failed': 'RuntimeError: no graphs'}
-    assert found.keys() == full_run.CHOICES.keys() - {'broken'}
-    for name, figures in found.items():
+    assert full_run.tried('broken') == {'failed': 'RuntimeError: no graphs'}
+    for name in full_run.CHOICES.keys() - {'broken'}:
+        figures = full_run.tried(name, 2)
         assert 'failed' not in figures, (name, figures)
         assert figures['milliseconds a step'] > 0 and figures['seconds to the first'] > 0
 
@@ -200,12 +213,12 @@ def test_a_sampling_choice_is_algorithm_2(tiny_full, float32, name):
 
 def test_a_failure_is_noted_and_the_rest_goes_on(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    parts = 'two_epochs step_profile speeds choices ten_digits'.split()
+    parts = 'two_epochs step_profile speeds tried ten_digits'.split()
     for part in (*parts, 'attention_in_training', 'attention_of_the_weights'):
-        monkeypatch.setattr(full_run, part, lambda: {'figure': 1})
+        monkeypatch.setattr(full_run, part, lambda *_: {'figure': 1})
     monkeypatch.setattr(full_run, 'whole_run', lambda deadline: 1 / 0)
     monkeypatch.setattr(full_run, 'quality_in', lambda steps, samples: {'figure': 2})
     failed = full_run.main([str(tmp_path / 'out')])
-    assert list(failed) == ['part-06-whole-run'] and 'ZeroDivisionError' in str(failed)
+    assert list(failed) == ['part-01-whole-run'] and 'ZeroDivisionError' in str(failed)
     results = json.loads((tmp_path / 'out/results.json').read_text())
-    assert results['failed'] == failed and results['part-09-quality-50']['figure'] == 2
+    assert results['failed'] == failed and results['part-04-quality-1000']['figure'] == 2
