@@ -947,7 +947,7 @@ class Run:
         self.seed = self.config['seed']
         done = len(saved['losses']) // saved['steps'] if saved and saved['steps'] else 0
         finished = done >= self.config['num_epochs']
-        self.compare({**self.unet, **self.config})
+        self.compare({**self.unet, **self.config, 'time_steps': self.config['num_time_steps']})
         if finished:
             print_once(f'{self.path}: {done} epochs are done; a larger num_epochs trains on')
         return finished

@@ -55,7 +55,11 @@ COMPILED = mock.patch.object(ddpm, 'LONG_RUN', 0)  # as the whole run is, howeve
 PLAIN = mock.patch.object(ddpm, 'LONG_RUN', float('inf'))  # so that modules can be looked into
 BACKEND = 'inductor'  # of torch.compile
 SPEED = ['--rounds', '3', '--steps', '100', '--seconds', '0']  # arguments of speed.py
-LONG = {'part-04-quality-1000': 6, 'part-08-speed': 6}  # minutes, at a guess
+LONG = {  # minutes, at a guess
+    'part-04-quality-1000': 6,
+    'part-08-speed': 6,
+    'part-16-training, max-autotune': 4,
+}
 LARGEST = 15_000_000  # bytes of a file with weights
 KINDS = {  # of what the device runs, by parts of the names of its kernels; the first that fits
     'fused by the compiler: norms, activations, casts': ('triton_poi', 'triton_red', 'triton_per'),
@@ -70,7 +74,7 @@ KINDS = {  # of what the device runs, by parts of the names of its kernels; the 
 }
 
 
-def train_and_watch(epochs, watch=lambda run: None, compiled=COMPILED):
+def train_and_watch(epochs, watch=lambda run: None, compiled=None):
     """ddpm.train with the numbers of FULL, for some epochs, on a checkpoint of its own. Returns the
     time at which each step was asked for, the first entry being that of the call."""
     step_done, clock = ddpm.Run.step_done, [time.monotonic()]
@@ -83,8 +87,9 @@ def train_and_watch(epochs, watch=lambda run: None, compiled=COMPILED):
         watch(run)
 
     path = PARTS / 'checkpoint'
+    path.unlink(missing_ok=True)  # of a call that ended in the middle
     numbers = {**ddpm.FULL, 'num_epochs': epochs, 'sample_every': 0, 'checkpoint_path': str(path)}
-    with mock.patch.object(ddpm.Run, 'step_done', watched), compiled:
+    with mock.patch.object(ddpm.Run, 'step_done', watched), compiled or COMPILED:
         ddpm.train(**numbers)
     path.unlink()
     return clock
@@ -98,7 +103,7 @@ def two_epochs():
     seconds *= steps / (steps - 1)
     rest = {'peak memory of the GPU, GB': torch.cuda.max_memory_allocated() / 1e9} if cuda else {}
     return {
-        'seconds from the call to the end of the first step': clock[1] - clock[0],
+        'seconds from the call to the end of the first step, caches warm': clock[1] - clock[0],
         'seconds an epoch': seconds,
         'extrapolated minutes of the whole run': seconds * ddpm.FULL['num_epochs'] / 60,
         **rest,
@@ -358,11 +363,6 @@ def tried(name, count=200):
     images = ddpm.load_images(ddpm.FULL['dataset']).to(device)
     unet = ddpm.unet_arguments(ddpm.FULL['unet'], images.shape[1], ddpm.FULL['num_time_steps'])
     ddpm.choose_kernels(device, repeatable=False)
-    torch.compiler.reset()
-    gc.collect()
-    if device.type == 'cuda':
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
     dtype = ddpm.half_precision(device)  # asking would break a compiled graph
     try:
         with mock.patch.object(ddpm, 'half_precision', lambda device: dtype):
@@ -419,6 +419,7 @@ def quality_in(steps, samples):
 
     path = ddpm.FULL['checkpoint_path']
     result = PARTS / f'quality-{Path(path).name}-{steps}.json'
+    result.unlink(missing_ok=True)
     arguments = f'{path} --samples {samples} --steps {steps} --output {PARTS}'.split()
     with mock.patch.object(sys, 'argv', ['quality.py', *arguments]):
         try:
@@ -450,6 +451,15 @@ def weights(folder, wanted):
     (folder / 'manifest.json').write_text(json.dumps(manifest, indent=1) + '\n')
 
 
+def fresh_start():
+    """No part finds what an earlier one has compiled, for any size by then, or has in memory."""
+    torch.compiler.reset()
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
 def bring_up_to_date(folder, about):
     """results.json and pictures.zip of what is done so far."""
     parts = {path.stem: json.loads(path.read_text()) for path in sorted(PARTS.glob('part-*.json'))}
@@ -465,7 +475,7 @@ def main(arguments=None):
     parser.add_argument('folder', type=Path, nargs='?', help='for what it brings back')
     what = 'only write the weights to draw from'
     parser.add_argument('--export', nargs=2, metavar=('CHECKPOINT', 'FILE'), help=what)
-    parser.add_argument('--minutes', type=float, default=9.5, help='when to stop training')
+    parser.add_argument('--minutes', type=float, default=9.5, help='when to begin nothing more')
     parser.add_argument('--samples', type=int, default=10_000, help='for the quality')
     parser.add_argument('--after', type=Path, metavar='RESULTS', help='keep the figures in there')
     what = 'bring back these pieces of the weights too'
@@ -513,6 +523,7 @@ def main(arguments=None):
         if begun and start + 60 * LONG.get(name, 0) > deadline:
             print(f'{name}: too little time is left; call again to go on')
             break
+        fresh_start()
         try:
             figures = part()
         except ImportError as error:
@@ -524,16 +535,19 @@ def main(arguments=None):
         except (Exception, SystemExit) as error:  # the parts after it may still do
             traceback.print_exc()
             about.setdefault('failed', {})[name] = f'{type(error).__name__}: {error}'
+            begun = True
             continue
         finally:
             bring_up_to_date(args.folder, about)
         begun = True
         temporary = path.with_suffix('.tmp')
-        temporary.write_text(json.dumps(figures | {'seconds': time.monotonic() - start}) + '\n')
+        figures |= {'seconds': time.monotonic() - start, 'measured on': about['machine']}
+        temporary.write_text(json.dumps(figures) + '\n')
         os.replace(temporary, path)
         bring_up_to_date(args.folder, about)
         print(f'{name}: {time.monotonic() - start:.0f} s', flush=True)
-    if args.weights and (PARTS / 'part-01-whole-run.json').exists():
+    trained = (PARTS / 'part-01-whole-run.json').exists()
+    if args.weights and trained and Path(ddpm.FULL['checkpoint_path']).exists():
         weights(args.folder, args.weights)
     return about.get('failed')
 

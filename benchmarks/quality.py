@@ -102,11 +102,12 @@ def draw(model, count, steps, seed, device):
     sizes = [min(size, count - start) for start in range(0, count, size)]
     # worth the time that compiling takes; in float32 it made a CPU slower
     if ddpm.half_precision(device) and count * steps >= 100_000:
-        torch._dynamo.config.suppress_errors = True  # without a compiler as it is
         model.compile()
     torch.manual_seed(seed)
     samples = []
-    with tqdm(None, f'{count} samples', len(sizes) * steps, unit='step') as bar:
+    without_a_compiler_as_it_is = torch._dynamo.config.patch(suppress_errors=True)
+    bar = tqdm(None, f'{count} samples', len(sizes) * steps, unit='step')
+    with bar, without_a_compiler_as_it_is:
         for size in sizes:
             noise = torch.randn(size, model.input_channels, 32, 32, device=device)
             for _, x in ddpm.reverse_process(model, noise, scheduler, steps):

@@ -113,6 +113,7 @@ class Ours:
     """ddpm.py as it is."""
 
     name = 'ddpm.py'
+    deterministic = True  # when it draws; train chooses for itself
 
     def __init__(self, size, device):
         self.size, self.device = size, device
@@ -165,12 +166,10 @@ class Stepwise:
     """A contestant whose training is a generator."""
 
     steps = None
-    deterministic = False  # cuDNN, as its users find it
+    deterministic = False
 
     def train(self, batch_size, steps):
         """Seconds that `steps` steps take, after WARM others."""
-        torch.backends.cudnn.deterministic = self.deterministic
-        torch.backends.cudnn.benchmark = False  # ddpm.train leaves it on
         self.steps = self.steps or self.training(batch_size)  # its workers live on between turns
         return pace(self.steps, steps, self.device, WARM)
 
@@ -192,7 +191,7 @@ class ArticleUNET(ddpm.UNET):
 
 class Article(Stepwise):
     name = "the article's"
-    deterministic = True  # its set_seed has it so
+    deterministic = True  # its set_seed has it so, as ddpm.py's
 
     def __init__(self, size, device):
         self.device = device
@@ -357,6 +356,12 @@ def pace(steps, count, device, warm=1):
     return now(device) - start
 
 
+def set_cudnn(contestant):
+    """As its users find it; ddpm.train leaves its own choice."""
+    torch.backends.cudnn.deterministic = contestant.deterministic
+    torch.backends.cudnn.benchmark = False
+
+
 def gflop_of_image(contestant):
     """(forward, forward and backward) of one image of 32 x 32."""
     counts = []
@@ -423,22 +428,24 @@ def contest(size, device, batch_size, rounds, steps, sampling_steps):
     turns = {c.name: [] for c in contestants}
     for turn in range(rounds + 1):
         for c in contestants:
+            set_cudnn(c)
             seconds = c.train(batch_size, steps)
             if turn:  # the first round warms up: compilation, workers, choice of algorithms
                 turns[c.name].append(steps * batch_size / seconds)
     for num_steps in (1000, 50):
-        processes = {c.name: c.sampling(num_steps) for c in contestants}
-        times = {name: [] for name in processes}
+        processes = {c: c.sampling(num_steps) for c in contestants}
+        times = {c.name: [] for c in contestants}
         for turn in range(rounds + 1):
-            for name, process in processes.items():
+            for c, process in processes.items():
+                set_cudnn(c)
                 if turn == 0 and device.type == 'cuda':
                     pace(process, 1, device)
                 # the article has no shorter process than its 1000 steps
-                length = 1000 if name == Article.name else num_steps
+                length = 1000 if isinstance(c, Article) else num_steps
                 count = min(sampling_steps, length)
                 if turn:
-                    times[name].append(pace(process, count, device) * length / count)
-        for name in processes:
+                    times[c.name].append(pace(process, count, device) * length / count)
+        for name in times:
             results[name][f'ten digits, {num_steps} steps, seconds'] = times[name]
     for name, values in turns.items():
         results[name]['images a second'] = values

@@ -11,8 +11,9 @@ from types import SimpleNamespace
 
 ROOT = Path(__file__).parent.parent
 os.environ['MPLBACKEND'] = 'Agg'
-GPU = os.environ.get('CUDA_VISIBLE_DEVICES', '0')
-os.environ['CUDA_VISIBLE_DEVICES'] = ''  # all but test_cuda.py is about a CPU
+# all but test_cuda.py is about a CPU; pytest-xdist's workers inherit both variables
+GPU = os.environ.setdefault('GPU_OF_THE_TESTS', os.environ.get('CUDA_VISIBLE_DEVICES', '0'))
+os.environ['CUDA_VISIBLE_DEVICES'] = ''
 os.environ['OMP_NUM_THREADS'] = '1'  # the tests themselves run side by side
 os.environ['PYTHONPATH'] = os.pathsep.join([str(ROOT), str(ROOT / 'tests')])  # of what they start
 sys.path[:0] = [str(ROOT), str(ROOT / 'tests')]

@@ -98,10 +98,32 @@ def test_every_part_and_going_on(tmp_path, monkeypatch, capsys):
     (tmp_path / 'elsewhere').mkdir()
     monkeypatch.chdir(tmp_path / 'elsewhere')
     monkeypatch.setattr(full_run, 'quality_in', lambda *_: {'FD': 3.0})
-    assert not full_run.main(['out', '--after', str(out / 'results.json')])
+    monkeypatch.setattr(full_run.speed, 'processor', lambda: 'another')
+    assert not full_run.main(['out', '--after', str(out / 'results.json'), '--weights', '0'])
     parts = json.loads(Path('out/results.json').read_text())
-    assert parts == results | {'part-03-quality-50': parts['part-03-quality-50']}
-    assert parts['part-03-quality-50']['FD'] == 3.0
+    new = parts.pop('part-03-quality-50')
+    assert parts == results | {'machine': 'another'}
+    assert (new['FD'], new['measured on']) == (3.0, 'another')
+
+
+def test_controls_out_of_order_are_part_of_what_was_measured(tiny_full, monkeypatch):
+    quality = pytest.importorskip('quality')
+
+    def measured():
+        (full_run.PARTS / 'quality-full-50.json').write_text('{"broken": ["a < b"]}')
+        raise SystemExit('quality.py: controls out of order')
+
+    monkeypatch.setattr(quality, 'main', measured)
+    assert full_run.quality_in(50, 100) == {'broken': ['a < b']}
+    monkeypatch.setattr(quality, 'main', lambda: sys.exit('quality.py: no checkpoint'))
+    with pytest.raises(SystemExit, match='no checkpoint'):
+        full_run.quality_in(50, 100)
+
+
+def test_a_part_that_was_cut_off_begins_anew(tiny_full):
+    clock = full_run.train_and_watch(1)
+    (full_run.PARTS / 'checkpoint').write_bytes(b'of a call that ended')
+    assert len(full_run.train_and_watch(1)) == len(clock) > 1
 
 
 def test_an_exported_file_draws_what_its_checkpoint_does(tiny_full):
