@@ -71,6 +71,19 @@ def test_full_overrides(tmp_path):
     assert not (tmp_path / 'checkpoints').exists()
 
 
+@pytest.mark.parametrize('asked', [None, '77'])
+def test_threads_that_wait_soon_sleep(asked):
+    """As GNU's OpenMP itself tells; what the user asks for stands."""
+    environment = {**os.environ, 'OMP_DISPLAY_ENV': 'VERBOSE'}
+    environment |= {'GOMP_SPINCOUNT': asked} if asked else {}
+    command = [sys.executable, '-c', 'import ddpm']
+    told = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    found = re.search(r"GOMP_SPINCOUNT = '(\d+)'", told.stderr)
+    if not found:
+        pytest.skip("not GNU's OpenMP")
+    assert found[1] == (asked or '10000')
+
+
 @pytest.mark.parametrize('flags', [['--help'], ['--epochs'], ['--full', '--preview']])
 def test_help_and_unknown_flags(monkeypatch, capsys, flags):
     monkeypatch.setattr('sys.argv', ['ddpm.py', *flags])
