@@ -76,6 +76,7 @@ def test_every_part_and_going_on(tmp_path, monkeypatch, capsys):
     assert len(results['part-01-whole-run']['seconds of each call, pictures included']) == 2
     choices = [name[8:].replace(', ', ': ', 1) for name in results if 'part-' in name][8:]
     assert choices == [*full_run.CHOICES]
+    assert full_run.LONG.keys() <= results.keys()
     with zipfile.ZipFile(out / 'pictures.zip') as archive:
         drawn = {f'full/{name}' for name in ('reverse.png', 'reverse.gif', 'grid.png', 'loss.png')}
         assert {*drawn, 'full_run/ten_digits/digits.png'} <= set(archive.namelist())
