@@ -13,7 +13,7 @@ Sections 2 to 4 are the article's (1 is theory), in its order and with its names
 numbers to edit and main(); what makes all that robust is the appendix below them.
 
 Measured on AMD EPYC, torch 2.14 and 2.15: the preview takes two cores 3 min 42 s with AVX-512
-bfloat16 and 10 min 28 s in float32; 75% of its digits are recognised. The weights of --sample: 40
+bfloat16 and 10 min 54 s in float32; 75% of its digits are recognised. The weights of --sample: 40
 epochs at the pace of 3 h 9 min on one core; 93%, FD-CNN 2.8 times that of real digits. No GPU has
 done the full run yet. README.md has the rest.
 """
