@@ -1,51 +1,47 @@
-"""DDPM: a denoising diffusion model that learns MNIST from scratch and shows itself at work.
+"""DDPM: a denoising diffusion model that learns to draw MNIST's digits from noise, in one file.
 
-    python ddpm.py --sample    draws digits, from weights that come with the repository
+    python ddpm.py --sample    samples digits in seconds, from weights in the repository
     python ddpm.py             trains: the article's 75 epochs on a CUDA GPU, else the preview
-    python ddpm.py --preview   a small UNET, a few minutes on two CPU cores
+    python ddpm.py --preview   trains a small UNET, some minutes on two CPU cores
     torchrun --nproc-per-node=4 ddpm.py     the article's run on several GPUs
 
-Run it again in the same folder and it goes on where it stopped, or once finished draws anew. All
-to play with stands under EDIT HERE. The method is that of Ho, Jain & Abbeel 2020 (arXiv:2006.11239,
-"the paper") and, for sampling in fewer steps, of Song, Meng & Ermon 2021 (DDIM, arXiv:2010.02502).
+Run it again in the same folder and it resumes where it stopped. What there is to change stands
+under EDIT HERE; from Python there are train, inference, load_model and sample. The method is that
+of Ho, Jain & Abbeel 2020 (arXiv:2006.11239, "the paper"), its shorter sampler that of Song, Meng &
+Ermon 2021 (DDIM, arXiv:2010.02502). The sections are the article's, in its order and with its
+names; the appendix only makes them robust. docs/ddpm.md explains it all step by step.
 
-Sections 2 to 4 are the article's (1 is theory), in its order and with its names. Then come the
-numbers to edit and main(); what makes all that robust is the appendix below them.
-
-Measured on AMD EPYC, torch 2.14 and 2.15: the preview takes two cores 3 min 42 s with AVX-512
-bfloat16 and 10 min 54 s in float32; 75% of its digits are recognised. The weights of --sample: 40
-epochs at the pace of 3 h 9 min on one core; 93%, FD-CNN 2.8 times that of real digits. No GPU has
-done the full run yet. README.md has the rest.
+MEASURED
 """
 
-import os
-import signal
-
-# GNU's OpenMP: threads that wait for each other soon sleep. By default they spin for milliseconds,
-# and where another program keeps a core busy, training is up to 30 times slower.
-os.environ.setdefault('GOMP_SPINCOUNT', '10000')
-if __name__ == '__main__' and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while torch is imported: no traceback
-
 import argparse
+import difflib
 import gzip
 import inspect
 import math
-import pickle
+import os
 import random
 import re
 import secrets
+import signal
 import socket
+import statistics
 import sys
 import tempfile
-import threading
 import time
-import warnings
 import zipfile
 import zlib
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from collections import Counter
+from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
+from itertools import chain, compress
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
+
+# read when torch loads OpenMP: idle threads sleep, else a busy neighbour slows training 30-fold
+os.environ.setdefault('GOMP_SPINCOUNT', '10000')
+if os.environ.get('MPLBACKEND', '').startswith('module://') and 'ipykernel' not in sys.modules:
+    del os.environ['MPLBACKEND']  # a notebook's, of no use to a program started from there
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -53,7 +49,9 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from einops import rearrange
-from PIL import Image, ImageOps
+from filelock import FileLock, Timeout
+from matplotlib.figure import Figure
+from PIL import Image, ImageDraw, ImageOps
 from timm.utils import ModelEmaV3
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -63,7 +61,7 @@ from torchvision.utils import make_grid
 from tqdm import tqdm
 
 # ==============================================================================================
-# 2. The UNet (article: 模型代码实现). x is (B, C, H, W), t counts from 0, the least noisy step.
+# The UNet (article: Unet, 模型代码实现). x is (B, C, H, W); t counts from 0, the least noisy step.
 # ==============================================================================================
 
 
@@ -81,12 +79,15 @@ class SinusoidalEmbeddings(nn.Module):
         self.register_buffer('embeddings', embeddings, persistent=False)
 
     def forward(self, x, t):
-        """t (B,) -> (B, embed_dim, 1, 1), on the device of x."""
-        return self.embeddings[t].to(x.device)[:, :, None, None]
+        """t, an int, a list or a tensor (B,) -> (B, E, 1, 1), or (1, E, 1, 1) for one t for all.
+        Raises IndexError or RuntimeError for a t that is not a whole number in 0 .. T-1."""
+        t = torch.as_tensor(t, device=x.device).reshape(-1)
+        return F.embedding(t, self.embeddings.to(x.device))[:, :, None, None]
 
 
 class ResBlock(nn.Module):
-    """Adds the time embedding, then two normalised 3x3 convolutions beside a skip."""
+    """Adds the time embedding, then two normalised 3x3 convolutions beside a skip. A layer of C
+    channels sees the first C columns of the time table: its fastest sinusoids."""
 
     def __init__(self, C: int, num_groups: int, dropout_prob: float):
         super().__init__()
@@ -163,8 +164,13 @@ class UnetLayer(nn.Module):
 
 
 class UNET(nn.Module):
-    """eps_theta(x, t): the noise in x. The first half of the layers goes down and keeps skips, the
-    second half comes up and joins them. Raises ValueError where the arguments do not fit."""
+    """eps_theta(x, t): predicts the noise in x.
+
+    The first half of the layers goes down and keeps skips, the second half comes up and joins them:
+    with the defaults at 32, 16, 8, 4, 8 and 16 pixels. A layer down hands on twice its channels, a
+    layer up half of them beside a skip: 512/2 + 256 = 512, 512/2 + 128 = 384. Raises UserError (a
+    ValueError) where the arguments do not fit together.
+    """
 
     def __init__(
         self,
@@ -178,11 +184,11 @@ class UNET(nn.Module):
         output_channels: int = 1,
         time_steps: int = 1000,
     ):
-        check_unet(locals())
+        check_unet(dict(locals()))
         super().__init__()
         self.num_layers = len(Channels)
-        self.input_channels = input_channels
-        self.time_steps = time_steps
+        self.input_channels, self.time_steps = input_channels, time_steps
+        self.image_size = 32  # of the images it is trained on, for `sample`
         out_channels = Channels[-1] // 2 + Channels[0]
         self.shallow_conv = nn.Conv2d(input_channels, Channels[0], kernel_size=3, padding=1)
         self.late_conv = nn.Conv2d(out_channels, out_channels // 2, kernel_size=3, padding=1)
@@ -194,8 +200,7 @@ class UNET(nn.Module):
             self.add_module(f'Layer{i}', layer)
 
     def forward(self, x, t):
-        """x (B, C, H, W), t (B,) or (1,), a tensor or a list of ints -> (B, C, H, W)."""
-        t = checked_times(self, x, t)
+        """x (B, C, H, W), t an int, a list or a tensor (B,) -> the noise in x, (B, C, H, W)."""
         layers = [getattr(self, f'Layer{i}') for i in range(1, self.num_layers + 1)]
         embeddings = self.embeddings(x, t)  # (B, E, 1, 1)
         x = self.shallow_conv(x)
@@ -209,13 +214,17 @@ class UNET(nn.Module):
 
 
 # ==============================================================================================
-# 3. Training (article: 训练代码)
+# The scheduler (article: 调度器)
 # ==============================================================================================
 
 
 class DDPM_Scheduler(nn.Module):
-    """beta rises linearly from 1e-4 to 0.02. `alpha` is the article's name for what the paper
-    writes as alpha-bar: the cumulative product of 1 - beta."""
+    """The variances beta of the forward process, rising linearly from 1e-4 to 0.02, and `alpha`,
+    the article's name for the paper's alpha-bar: the cumulative product of 1 - beta.
+
+    sqrt(alpha[t]) is how much of an image is left at step t. Its last value must be near 0 (0.006
+    for 1000 steps), since sampling starts from noise alone. The first steps are small, since what
+    they destroy is the finest detail."""
 
     def __init__(self, num_time_steps: int = 1000):
         super().__init__()
@@ -226,6 +235,11 @@ class DDPM_Scheduler(nn.Module):
     def forward(self, t):
         """t, an int, a list or a tensor -> beta_t and alpha-bar_t, each of the shape of t."""
         return self.beta[t], self.alpha[t]
+
+
+# ==============================================================================================
+# Training (article: 训练代码)
+# ==============================================================================================
 
 
 def set_seed(seed: int = 42):
@@ -239,8 +253,13 @@ def set_seed(seed: int = 42):
 
 
 def diffusion_loss(model, scheduler, x, t, eps):
-    """The mean square error of the predicted noise (paper eq. 14), a float32 scalar.
-    x (B, C, H, W) images in [0, 1], t (B,) time steps, eps (B, C, H, W) the noise to predict."""
+    """The mean square error of the predicted noise (paper eq. 14), a float32 scalar. A model that
+    predicts nothing, 0 everywhere, has a loss of 1.
+
+    x (B, C, H, W) images in [0, 1], t (B,) timesteps, eps (B, C, H, W) ~ N(0, I). The noise is
+    predicted rather than the image: the two follow from each other by eq. 4, and this weighting of
+    the timesteps gave the paper its best samples.
+    """
     abar = scheduler(t)[1][:, None, None, None]  # (B, 1, 1, 1)
     x_t = abar.sqrt() * x + (1 - abar).sqrt() * eps  # eq. 4
     with autocast(x.device):
@@ -255,121 +274,153 @@ def train(
     seed: int = -1,
     ema_decay: float = 0.9999,
     lr: float = 2e-5,
-    checkpoint_path: str | None = None,
-    dataset: str = 'MNIST',
+    checkpoint_path: str | Path | None = None,
+    dataset: str | Path = 'MNIST',
     unet: dict | None = None,
     save_minutes: float = 2,
-    sample_every: int = 5,
+    sample_every: float = 5,
     lr_decay: bool = False,
     beta2: float = 0.999,
     image_size: int = 32,
 ):
-    """Algorithm 1 of the paper, until num_epochs epochs are done in all.
+    """Algorithm 1 of the paper, for num_epochs epochs in total, earlier starts included.
 
-    The file checkpoint_path (None: checkpoints/ddpm_checkpoint) is resumed if it exists, exactly
-    as if the run had never stopped; it is written every save_minutes, at the end, and on Ctrl-C,
-    SIGTERM or SIGHUP. seed -1 draws one. dataset is one of DATASETS or a folder of pictures, which
-    are cropped and resized to image_size. unet holds the arguments of UNET that differ from its
-    defaults. Every sample_every epochs (0: never) a grid of samples, always from the same noise,
-    goes to outputs/NAME OF THE CHECKPOINT/progress. With lr_decay the learning rate rises to 97%
-    of lr over the first 3% of the run, and falls linearly to 0 at its end; the article's stays.
-    beta2 is Adam's: how slowly it forgets the size of the gradients.
+    If the file checkpoint_path (None: checkpoints/ddpm_checkpoint) exists, its run is resumed,
+    exactly as if it had never stopped. It is saved every save_minutes, at the end, and when Ctrl-C,
+    SIGTERM or SIGHUP stop the run. seed -1 draws a seed. dataset is one of DATASETS or a folder of
+    pictures, which are cropped and resized to image_size. unet holds the arguments of UNET that
+    differ from its defaults. Every sample_every epochs (0: never) a grid of samples, always from
+    the same noise, goes to outputs/NAME OF THE CHECKPOINT/progress. With lr_decay the learning rate
+    follows lr_schedule; otherwise it is constant. beta2 is Adam's.
 
-    Raises UserError (a ValueError) for a number out of range, data or a checkpoint that cannot be
-    used, and a loss that is not finite or is back at its start; SystemExit(128 + signal) when
-    stopped, once saved.
+    Raises UserError (a ValueError) for a setting out of range, for data or a checkpoint that cannot
+    be used, and when training diverges; KeyboardInterrupt when it was stopped, once all is saved.
     """
-    given = {k: v for k, v in dict(locals()).items() if k not in ('checkpoint_path', 'unet')}
-    with Run(checkpoint_path or CHECKPOINT, given, unet or {}) as run:
-        if run.is_finished():
-            return
+    config = dict(locals())
+    check_arguments(train, config)
+    images = load_images(dataset, image_size)  # (N, C, H, W) uint8
+    with Run(config, images) as run:  # locks the checkpoint
         device = best_device()
-        images = load_images(dataset, image_size)  # (N, C, H, W) uint8
-        run.begin_with(images)
-        images = images.to(device)
-
         set_seed(run.seed)
-        choose_kernels(device, repeatable=seed != -1)
+        run.enter_context(kernels(device, deterministic=seed != -1))
         model = to_device(UNET(**run.unet), device)
         scheduler = DDPM_Scheduler(num_time_steps).to(device)
         fused = device.type != 'mps'
         optimizer = torch.optim.Adam(model.parameters(), lr=lr, betas=(0.9, beta2), fused=fused)
         scaler = torch.amp.GradScaler(device.type, enabled=half_precision(device) is torch.float16)
-        ema = ModelEmaV3(model, decay=ema_decay)
-        run.resume(model, optimizer, scaler, ema)
-        network = parallel_and_compiled(model, run)  # the same weights
-        draws = torch.Generator(device)
-        draw_progress(ema.module, scheduler, run)  # if a stop prevented it
+        # samples come from averaged weights, which vary less than those of any one step; the decay
+        # warms up, n / (n + 10) in step n, so that the average soon forgets the random start
+        ema = ModelEmaV3(model, ema_decay, use_warmup=True, warmup_gamma=10, warmup_power=1)
+        run.resume(weights=model, optimizer=optimizer, ema=ema, scaler=scaler)
+        images = images.to(device)
+        network = parallelize_and_compile(model, images, run)  # the same weights
 
-        for epoch in range(run.done // run.steps, num_epochs):  # steps done, steps an epoch
-            # in place of a DataLoader: all images are on the device, in a new order each epoch
-            shuffle = torch.Generator().manual_seed(seed_of(run.seed, 0, epoch))
-            order = torch.randperm(len(images), generator=shuffle).to(device)
-            for step in run.steps_left(epoch):
-                # every random number is a function of seed and step: that makes resuming exact
-                draws.manual_seed(seed_of(run.seed, 1, run.done))
-                torch.manual_seed(seed_of(run.seed, 2 + run.rank, run.done))  # dropout's
+        for epoch in run.epochs():
+            # instead of a DataLoader: all images are on the device, in a new order every epoch
+            torch.manual_seed(fold_in(run.seed, 0, epoch))
+            batches = torch.randperm(len(images), device=device).split(batch_size)
+            for batch in batches[run.step % run.steps_per_epoch : run.steps_per_epoch]:
+                # all randomness is a function of the seed and the step: so resuming is exact
+                torch.manual_seed(fold_in(run.seed, 1, run.step))
                 if lr_decay:
-                    optimizer.param_groups[0]['lr'] = lr * rise_and_fall(run.done / run.total)
+                    optimizer.param_groups[0]['lr'] = lr * lr_schedule(run.step, run.total_steps)
 
-                # Algorithm 1, lines 2 to 5; of several processes each takes its share
-                x = to_input(images[order[step * batch_size : (step + 1) * batch_size]])  # [0, 1]
-                t = torch.randint(num_time_steps, (batch_size,), generator=draws, device=device)
-                eps = torch.randn(x.shape, generator=draws, device=device)
-                mine = run.share
+                # Algorithm 1, lines 2 to 5; each of several processes takes its share of a batch
+                x = to_input(images[batch])  # (B, C, H, W) in [0, 1]
+                t = torch.randint(num_time_steps, (batch_size,), device=device)
+                eps = torch.randn_like(x)
+                mine = slice(RANK, None, WORLD_SIZE)
+                if RANK > 0:  # dropout masks of its own
+                    torch.manual_seed(fold_in(run.seed, 1 + RANK, run.step))
                 loss = diffusion_loss(network, scheduler, x[mine], t[mine], eps[mine])
                 optimizer.zero_grad()
-                scaler.scale(loss).backward()  # by 1, but for float16
+                scaler.scale(loss).backward()  # scales in float16 only
                 scaler.step(optimizer)
                 scaler.update()
-                ema.update(model)
-
-                run.step_done(loss)  # saves, and stops, when it is time to
-            print_once(f'Epoch {epoch + 1} | Loss {run.mean_loss(epoch):.5f}{run.skipped()}')
-            draw_progress(ema.module, scheduler, run)
-        run.finish()
+                ema.update(model, step=run.ema_step)
+                run.step_done(loss)  # saves, samples and stops when it is time to
 
 
 # ==============================================================================================
-# 4. Inference (article: 推理)
+# Inference (article: 推理)
 # ==============================================================================================
 
-STRIP_TIMES = (999, 700, 550, 400, 300, 200, 100, 50, 15)  # of 1000; then x_0
 
+@torch.no_grad()
+def reverse_process(model, x, scheduler, num_steps: int | None = None, generator=None):
+    """Algorithm 2 of the paper: turns noise into images; yields (t, x) after every step, from
+    t = T-1 down to 0, x before the noise of that step is added.
 
-def sampling_times(num_time_steps: int, num_steps: int | None = None) -> list:
-    """num_steps time steps (None: all) from T-1 down to 0, evenly spread. Raises UserError for a
-    num_steps outside 1..T."""
-    num_steps = num_time_steps if num_steps is None else num_steps
-    check_number('num_steps', num_steps, int, 1, num_time_steps)
-    return torch.linspace(num_time_steps - 1, 0, num_steps).round().long().tolist()
-
-
-@torch.inference_mode()
-def reverse_process(model, x, scheduler, num_steps: int | None = None):
-    """Turns noise into images; yields (t, x) after every step, from t = T-1 down to 0.
-
-    x (B, C, H, W) ~ N(0, I), on the device of model and scheduler. It is Algorithm 2 of the paper,
-    and x is yielded before the step's noise is added. With num_steps of None or T sigma_t^2 is
-    beta_t; fewer steps are longer and take the paper's second choice, beta-tilde_t, as DDIM with
-    eta = 1 does (Song et al. 2021, eq. 16).
+    x (B, C, H, W) ~ N(0, I), on the device of model and scheduler; generator: of the noise, on the
+    same device. num_steps is how many of the T steps to take (None: all), see `respace`.
     """
-    T = len(scheduler.beta)
-    times = sampling_times(T, num_steps)
     model.eval()
-    for t, t_next in zip(times, times[1:] + [None]):
-        beta, abar = scheduler(t)
-        variance = beta  # sigma_t^2
-        if len(times) < T:  # the beta of all the steps from t_next to t in one
-            abar_next = 1.0 if t_next is None else scheduler(t_next)[1]
-            beta = 1 - abar / abar_next
-            variance = (1 - abar_next) / (1 - abar) * beta
+    times = sampling_times(len(scheduler.beta), num_steps)
+    beta, abar, sigma = respace(scheduler, times)  # one entry a step
+    for i, t in enumerate(times):
         with autocast(x.device):
             eps = model(x, torch.full((len(x),), t, device=x.device)).float()
-        x = (x - beta / (1 - abar).sqrt() * eps) / (1 - beta).sqrt()  # Algorithm 2, line 4
+        x = (x - beta[i] / (1 - abar[i]).sqrt() * eps) / (1 - beta[i]).sqrt()  # line 4
         yield t, x
-        if t_next is not None:
-            x = x + variance.sqrt() * torch.randn_like(x)
+        # a step ends in a draw from a Gaussian, not in its mean: that is what makes it sampling,
+        # and without it only fragments come out; after the last step the mean is the image
+        if t != times[-1]:
+            x = x + sigma[i] * torch.empty_like(x).normal_(generator=generator)
+
+
+def load_model(checkpoint_path: str | Path):
+    """The UNET of a checkpoint with its EMA weights, in eval mode on the best device, for `sample`.
+    It knows its `time_steps` and `image_size`. Raises UserError for an unusable checkpoint."""
+    saved = load_checkpoint(checkpoint_path)
+    with torch.random.fork_rng([]):  # initial weights are drawn, but not from the caller's
+        ema = ModelEmaV3(UNET(**saved['unet']).float())
+    ema.load_state_dict(saved['ema'])
+    ema.module.image_size = saved['config'].get('image_size', 32)
+    return to_device(ema.module.eval(), best_device())
+
+
+def sample(
+    model,
+    num_images: int,
+    num_steps: int | None = None,
+    seed: int = -1,
+    noise=None,
+    on_step=None,
+):
+    """Images from a model of `load_model`: (N, C, H, W) float32 in [0, 1], on the CPU.
+
+    num_steps: of the reverse process (None: all). seed: of the noise; -1 draws one, and another
+    num_images gives other images. noise (N, C, H, W): start from this x_T instead. on_step(first,
+    t, x), if given, sees each batch: the index of its first image, and x at t = T (the noise) and
+    after every step. Raises UserError for an argument out of range.
+    """
+    check_arguments(sample, dict(num_images=num_images, num_steps=num_steps, seed=seed))
+    device, size, T = next(model.parameters()).device, model.image_size, model.time_steps
+    shape = num_images, model.input_channels, size, size
+    if noise is not None and noise.shape != shape:
+        raise UserError(f'noise is {tuple(noise.shape)}, but must be {shape}')
+    scheduler = DDPM_Scheduler(T).to(device)
+    seed = secrets.randbits(32) if seed == -1 else seed
+    generator = torch.Generator(device).manual_seed(seed)
+    at_once = sample_batch(device, size)
+    starts, steps = range(0, num_images, at_once), len(sampling_times(T, num_steps))
+    images = []
+    bar = progress_bar('Sampling', len(starts) * (steps + 1), unit=' steps', leave=None)
+    with bar:
+        for first in starts:
+            batch = min(at_once, num_images - first), *shape[1:]  # (B, C, H, W)
+            if noise is None:
+                x = torch.empty(batch, dtype=torch.float32, device=device)
+                x.normal_(generator=generator)
+            else:
+                x = noise[first : first + at_once].to(device, torch.float32)
+            process = reverse_process(model, x, scheduler, num_steps, generator)
+            for t, x_t in chain([(T, x)], process):
+                bar.update()
+                if on_step:
+                    on_step(first, t, x_t)
+            images.append(x_t.clamp(0, 1).cpu())
+    return torch.cat(images)
 
 
 def display_reverse(images: list, axes=None):
@@ -385,93 +436,73 @@ def display_reverse(images: list, axes=None):
 
 
 def inference(
-    checkpoint_path: str | None = None,
+    checkpoint_path: str | Path | None = None,
     num_time_steps: int | None = None,
     ema_decay: float = 0.9999,
     num_steps: int | None = None,
     seed: int = -1,
     num_images: int = 64,
-    folder: str | None = None,
 ):
-    """Draws images from the EMA weights of a checkpoint, by the UNET and the time steps that it
-    names, in num_steps steps of the reverse process (None: all, as in the article); num_time_steps,
-    if given, must be the checkpoint's.
+    """Samples images from the EMA weights of a checkpoint and shows how they come out of noise.
 
-    Their grid, its animation, and of the first ten the whole process go to folder (None:
-    outputs/NAME OF THE CHECKPOINT), and to windows where there is a screen. More than 64 are also
-    written one by one, as 8-bit PNG files. seed -1 draws one. ema_decay, of the article's
-    signature, changes nothing here. Raises UserError for a checkpoint or a number that cannot be
-    used.
+    Returns them as `sample` does. outputs/NAME OF THE CHECKPOINT gets the grid of the first 64, the
+    reverse process of the first ten, and the animation of the first 32; more than 64 images are
+    also written one by one, as 8-bit PNG files. Grid and reverse process are shown in windows where
+    there is a screen, or in the notebook. num_steps and seed are those of `sample`; num_time_steps,
+    if given, must be the checkpoint's; ema_decay, of the article's signature, changes nothing here.
+    Raises UserError for a checkpoint or a setting that cannot be used.
     """
-    check_numbers({'seed': seed, 'num_images': num_images})
-    if rank_and_world()[0] > 0:
-        return  # one process draws: the same images however many have trained
-    path = Path(checkpoint_path or CHECKPOINT).expanduser()
-    saved = load_checkpoint(path)
-    device, size = best_device(), saved['config'].get('image_size', 32)
-    ema = ModelEmaV3(UNET(**saved['unet']), decay=ema_decay)
-    ema.load_state_dict(saved['ema'])
-    model = to_device(ema.module, device)
-    T = model.time_steps
+    check_arguments(inference, dict(locals()))
+    path = Path(checkpoint_path or CHECKPOINT)
+    model = load_model(path)
+    T, shape = model.time_steps, (model.input_channels, model.image_size, model.image_size)
     if num_time_steps not in (None, T):
-        raise UserError(f'num_time_steps is {num_time_steps!r}, but {path} was trained with {T}')
-    scheduler = DDPM_Scheduler(T).to(device)
-    seed = secrets.randbits(32) if seed == -1 else seed  # which no earlier set_seed decides
-    set_seed(seed)
-
+        raise UserError(f'num_time_steps is {num_time_steps}, but {path} was trained with {T}')
+    seed = secrets.randbits(32) if seed == -1 else seed
     times = sampling_times(T, num_steps)
-    strip, film_times = times_to_show(times, T)
-    frames = {t: [] for t in (T, *times) if t in film_times}
-    batch, drawn = images_at_once(device, size), 0
-    folder = Path(folder or OUTPUTS / path.name)
-    folder.mkdir(parents=True, exist_ok=True)  # now, not after the drawing
-    one_by_one = Path(folder, f'{num_images}_images_seed_{seed}') if num_images > 64 else None
-    all_steps = -(-num_images // batch) * len(times)
-    bar = tqdm(None, 'Reverse process', all_steps, bar_format=STEPS_BAR)
+    strip, animation = times_to_show(times, T)
+    shown = sorted({T, *strip, *animation}, reverse=True)
+    frames = {t: torch.zeros(min(64, num_images), *shape) for t in shown}
+    folder = writable(OUTPUTS / path.name)
+    one_by_one = writable(folder / f'{num_images}_images_seed_{seed}') if num_images > 64 else None
+
+    def keep(first, t, x):
+        if t in frames and first < len(frames[t]):
+            frames[t][first : first + len(x)] = x[: len(frames[t]) - first].cpu()
+        if one_by_one and t == times[-1]:
+            save_images(x, one_by_one, first)
+
     try:
-        while drawn < num_images:
-            count = min(batch, num_images - drawn)
-            shape = count, model.input_channels, size, size  # (B, C, H, W)
-            noise = torch.randn(shape, device=device)
-            shown = max(0, 64 - drawn)  # of this batch, in the pictures
-            frames[T].append(noise[:shown].cpu())
-            for t, x in reverse_process(model, noise, scheduler, num_steps):
-                bar.update()
-                if t in frames:
-                    frames[t].append(x[:shown].cpu())
-            if one_by_one:
-                save_one_by_one(x, one_by_one, drawn)
-            drawn += count
-    finally:  # also on Ctrl-C
-        bar.close()
-        if one_by_one:
-            print(f'Drawn, one by one: {drawn} of {num_images} images, in {one_by_one}/')
-    frames = {t: torch.cat(parts) for t, parts in frames.items()}
-    draw_reverse_process(frames, strip, folder, dark_on_light=is_ink(saved['config']))
+        images = sample(model, num_images, num_steps, seed, on_step=keep)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt('stopped while sampling') from None  # a notebook prints all frames
+    print(f'Sampled {num_images} images in {len(times)} steps with seed {seed}')
+    draw_reverse_process(frames, strip, folder)
+    return images
 
 
 # ==============================================================================================
-# EDIT HERE: the numbers of the runs; then `python ddpm.py` again
+# EDIT HERE: the settings of the runs; then `python ddpm.py` again
 # ==============================================================================================
 
 CHECKPOINT = 'checkpoints/ddpm_checkpoint'
 FULL = dict(  # the article's run, for a machine with a CUDA GPU
     checkpoint_path=CHECKPOINT,
     dataset='MNIST',  # FashionMNIST, KMNIST, QMNIST, CIFAR10 or a folder; with it checkpoint_path
-    image_size=32,  # of a folder's pictures; a multiple of 8, as often as UNET halves them
+    image_size=32,  # of a folder's pictures; a multiple of 8, since UNET halves them three times
     num_epochs=75,
     batch_size=64,
-    lr=2e-5,  # of Adam, the same throughout
-    ema_decay=0.9999,  # the pictures come from the average of the last 10,000 steps or so
-    num_time_steps=1000,
+    lr=2e-5,  # of Adam, constant
+    ema_decay=0.9999,  # samples come from weights averaged over the last tenth of the run
+    num_time_steps=1000,  # fewer leave too much of an image in the last step
     unet=dict(),  # what differs from UNET's defaults
-    lr_decay=False,  # the article's lr stays as it is
+    lr_decay=False,  # the article's lr is constant
     beta2=0.999,  # torch's default
-    seed=-1,  # draw one; with a number, CUDA is deterministic and slower
+    seed=-1,  # draw one; with a seed, CUDA is deterministic and slower
     save_minutes=2,  # what kill -9 or a power cut may cost
     sample_every=5,  # epochs between two grids of samples
 )
-PREVIEW = dict(  # the same system made small: four minutes on two CPU cores with bfloat16
+PREVIEW = dict(  # the same made small: four minutes on two CPU cores with bfloat16
     checkpoint_path='checkpoints/preview',
     dataset='MNIST',
     image_size=32,
@@ -480,8 +511,8 @@ PREVIEW = dict(  # the same system made small: four minutes on two CPU cores wit
     lr=2.5e-3,  # 4e-3 is worse; halve it where you double Channels
     lr_decay=True,
     beta2=0.99,  # a shorter memory than 0.999, for a short run
-    ema_decay=0.99,
-    num_time_steps=500,  # half the work of drawing; the last leaves 8% of the digit
+    ema_decay=0.9999,
+    num_time_steps=500,  # half the work of sampling; enough for dark images such as MNIST's only
     unet=dict(
         Channels=[8, 16, 32, 64, 64, 48],
         Attentions=[False] * 6,
@@ -490,13 +521,14 @@ PREVIEW = dict(  # the same system made small: four minutes on two CPU cores wit
     ),
     seed=-1,
     save_minutes=1,
-    sample_every=1,
+    sample_every=0.25,
 )
-DRAWING = dict(  # after a run, and with --sample
-    num_images=64,  # above 64, each is also written as a file of its own
-    num_steps=None,  # of the reverse process: all, as in the article; 50 are quick
-    seed=-1,  # draw one; a number draws the same images again
+AFTER_TRAINING = dict(  # what is sampled after a run
+    num_images=64,  # above 64, each is also written to a file of its own
+    num_steps=None,  # of the reverse process: all, as in the article
+    seed=-1,  # draw one; a seed gives the same images again, for the same num_images
 )
+SAMPLE = dict(num_images=64, num_steps=30, seed=-1)  # the same for --sample: few steps are quick
 
 
 def main():
@@ -508,23 +540,24 @@ def main():
     choice = parser.add_mutually_exclusive_group()
     choice.add_argument('--full', action='store_true', help='the full run, also without a GPU')
     choice.add_argument('--preview', action='store_true', help='the preview, also with a GPU')
-    sample = 'only draw, from this checkpoint or the weights that come with the repository'
-    choice.add_argument('--sample', nargs='?', const=SHIPPED, metavar='CHECKPOINT', help=sample)
-    args = parser.parse_args()
-    with as_a_program():
-        check_names(inference, DRAWING)
-        if args.sample is not None:
-            folder = OUTPUTS / 'sample' / Path(args.sample).name
-            return inference(args.sample, folder=folder, **DRAWING)
+    text = 'only sample, from this checkpoint or the weights that come with the repository'
+    choice.add_argument('--sample', nargs='?', const=PRETRAINED, metavar='CHECKPOINT', help=text)
+    with errors_in_one_line():
+        args = parser.parse_args()
+        check_arguments(inference, SAMPLE)
+        check_arguments(inference, AFTER_TRAINING)
+        if args.sample:
+            inference(args.sample, **SAMPLE)
+            return
         full = args.full or (torch.cuda.is_available() and not args.preview)
         if not (full or args.preview):
-            print_once('No CUDA GPU here: this is the preview. --full trains for days on a CPU.')
-        numbers = FULL if full else PREVIEW
-        check_names(train, numbers)
-        check_numbers({**numbers, **DRAWING})  # the drawing's too, before a long training
-        sampling_times(numbers.get('num_time_steps', 1000), DRAWING.get('num_steps'))
-        train(**numbers)
-        inference(numbers.get('checkpoint_path'), **DRAWING)
+            print('No CUDA GPU here: this is the preview. --full trains for days on a CPU.')
+        settings = FULL if full else PREVIEW
+        check_arguments(train, settings)
+        sampling_times(settings.get('num_time_steps', 1000), AFTER_TRAINING.get('num_steps'))
+        train(**settings)
+        if RANK == 0:
+            inference(settings.get('checkpoint_path'), **AFTER_TRAINING)
 
 
 # ==============================================================================================
@@ -532,30 +565,27 @@ def main():
 # ==============================================================================================
 
 HERE = Path(__file__).resolve().parent
-SHIPPED = HERE / 'checkpoints/mnist'
+PRETRAINED = HERE / 'checkpoints/mnist'
 DATA = HERE / 'data'
 OUTPUTS = Path('outputs')
 DATASETS = ('MNIST', 'FashionMNIST', 'KMNIST', 'QMNIST', 'CIFAR10')
-NETWORK_SECONDS = 10  # of silence, after which a download is given up
-LONG_RUN = 10_000  # steps from which on compiling the model pays for the minute it takes
-FEW_STEPS = 50  # of the grids that show a run's progress
-# of 32 x 32: 500 take 10 GB with a UNET of full size, 100 are the quickest on a CPU
-IMAGES_AT_ONCE = {'cuda': 500, 'mps': 100, 'cpu': 100}
-TOO_FAR = ': lower lr. Only what was saved before is kept'
-BAR = '{desc} {percentage:3.0f}%|{bar:12}| '
-STEPS_BAR = BAR + '{n_fmt}/{total_fmt} steps, {remaining} to go'
+RANK, WORLD_SIZE = 0, 1  # of this process, among those that torchrun started
+if dist.is_available() and dist.is_torchelastic_launched():
+    RANK, WORLD_SIZE = (int(os.environ[name]) for name in ('RANK', 'WORLD_SIZE'))
+NETWORK_TIMEOUT = 10  # seconds without an answer
+COMPILE_FROM = 10_000  # steps of a run: fewer do not pay for the minute that compiling takes
+STRIP_TIMES = (999, 700, 550, 400, 300, 200, 100, 50, 15)  # the article's, of 1000; then x_0
+PROGRESS_STEPS = 50  # of the reverse process, for the grids that show a run's progress
+# images of 32 x 32 sampled at a time: 500 take 10 GB with a UNET of full size
+SAMPLE_BATCH = {'cuda': 500, 'mps': 64, 'cpu': 64}
+RECENT = 100  # steps whose median loss tells whether training has diverged
 UNET_DEFAULTS = {k: p.default for k, p in inspect.signature(UNET).parameters.items()}
-LISTS = ('Channels', 'Attentions', 'Upscales')  # of a UNET, one entry a layer
-NUMBERS = {  # what may be asked for: type, least, most
-    'batch_size num_epochs image_size num_images': (int, 1, math.inf),
-    'num_groups num_heads input_channels output_channels time_steps': (int, 1, math.inf),
-    'num_time_steps': (int, 2, math.inf),
-    'sample_every steps': (int, 0, math.inf),
-    'seed': (int, -1, 2**32 - 1),
-    'lr ema_decay dropout_prob': (float, 0, 1),
-    'beta2': (float, 0, 0.999999),
-    'save_minutes': (float, 0, math.inf),
-    'lr_decay': (bool, False, True),
+RANGES = {  # of the numbers for which at least 1 is not what is right
+    **dict.fromkeys(('lr', 'ema_decay', 'dropout_prob'), (0, 1)),
+    **dict.fromkeys(('sample_every', 'save_minutes'), (0, math.inf)),
+    'num_time_steps': (2, math.inf),
+    'beta2': (0, 0.999999),
+    'seed': (-1, 2**32 - 1),
 }
 MAY_CHANGE = ('num_epochs', 'lr', 'lr_decay', 'beta2', 'ema_decay', 'save_minutes', 'sample_every')
 
@@ -564,39 +594,88 @@ class UserError(ValueError):
     """A mistake the user can mend; `python ddpm.py` prints it as one line and exits with 1."""
 
 
-def reason(error, line=0):
-    """One line of what an exception says, the first if not told otherwise."""
-    return (str(error).strip() or type(error).__name__).splitlines()[line].strip()[:200]
+class Stopped(KeyboardInterrupt):
+    """A signal has stopped training, and all is saved; `python ddpm.py` exits with its code."""
+
+    def __init__(self, signum, line):
+        super().__init__(line)
+        self.code = 128 + signum
+
+
+def one_line(error):
+    """An exception's message as one line of at most 200 characters."""
+    return ' '.join(str(error).split())[:200] or type(error).__name__
+
+
+@contextmanager
+def errors_in_one_line():
+    """The program's surroundings: streams that take any text, the processes of torchrun, and one
+    line on stderr in place of a traceback where the user can mend what is wrong."""
+    for name in ('stdout', 'stderr'):
+        if getattr(sys, name) is None:  # closed, as by `2>&-`
+            setattr(sys, name, open(os.devnull, 'w'))
+        with suppress(AttributeError):  # a notebook's streams
+            getattr(sys, name).reconfigure(errors='backslashreplace')  # for ASCII terminals
+    try:
+        if 'kernel_launcher' in sys.argv[0]:
+            raise UserError(
+                'main() is for the shell: in a notebook call ddpm.train, ddpm.inference'
+            )
+        init_distributed()
+        yield
+    except Stopped as stop:
+        print(f'\n{stop}', flush=True)
+        sys.exit(stop.code)
+    except KeyboardInterrupt:
+        print('\nStopped.', file=sys.stderr)
+        sys.exit(130)
+    except Exception as error:
+        if RANK > 0:  # process 0 mostly says the same first, and then torchrun ends this one
+            time.sleep(10)
+            sys.stderr = sys.__stderr__
+        line = one_line(error)
+        if 'allocate' in str(error):  # in torch's words for it, on CUDA and on a CPU
+            line = 'out of memory: lower batch_size, num_images or Channels, under EDIT HERE'
+        elif not isinstance(error, UserError | OSError | MemoryError):
+            raise
+        sys.exit(f'ddpm.py: {line}')
+
+
+def progress_bar(name, total, iterable=None, **options):
+    """tqdm's; in a log file it is a line a minute. TQDM_DISABLE and TQDM_MININTERVAL overrule."""
+    to_a_log = not sys.stderr.isatty() and 'ipykernel' not in sys.modules
+    if to_a_log and 'TQDM_MININTERVAL' not in os.environ:
+        options |= dict(mininterval=60, maxinterval=60)
+    return tqdm(iterable, name, total, **options)
+
+
+def write(line):
+    """Prints a line above the bars; in a notebook to their stream, else they would multiply."""
+    tqdm.write(line, file=sys.stderr if 'ipykernel' in sys.modules else sys.stdout)
 
 
 # ---- Devices and processes: the same run on a CPU, on one GPU and on several -------------------
 
 
-def rank_and_world():
-    """This process's number and how many there are: (0, 1) unless torchrun started us."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
-def print_once(line):
-    if rank_and_world()[0] == 0:
-        print(line, flush=True)
-
-
-def largest_of_all(*values):
-    """Of each of the whole numbers the largest that any process has."""
-    if rank_and_world()[1] == 1:
-        return values
-    values = torch.tensor([int(value) for value in values])  # on the CPU: no GPU has to wait
-    dist.all_reduce(values, dist.ReduceOp.MAX)
-    return values.tolist()
+def init_distributed():
+    """Joins the processes of torchrun, if it has started us. All but the first are silent."""
+    if WORLD_SIZE > 1:
+        if torch.cuda.is_available():
+            gpus = torch.cuda.device_count()
+            if int(os.environ['LOCAL_WORLD_SIZE']) > gpus:
+                raise UserError(f'--nproc-per-node must be at most {gpus}, the number of GPUs here')
+            torch.cuda.set_device(best_device())
+        dist.init_process_group()
+    if RANK > 0:
+        sys.stdout = sys.stderr = open(os.devnull, 'w')
 
 
 def best_device():
     """CUDA (under torchrun this process's own GPU), else Apple's MPS, else the CPU."""
     if torch.cuda.is_available():
-        return torch.device('cuda', int(os.environ.get('LOCAL_RANK', 0)))
-    alone = rank_and_world()[1] == 1  # gloo cannot reduce MPS tensors
-    return torch.device('mps' if torch.backends.mps.is_available() and alone else 'cpu')
+        return torch.device('cuda', int(os.environ.get('LOCAL_RANK', 0)) if WORLD_SIZE > 1 else 0)
+    mps = torch.backends.mps.is_available() and WORLD_SIZE == 1  # gloo cannot reduce MPS tensors
+    return torch.device('mps' if mps else 'cpu')
 
 
 def to_device(model, device):
@@ -606,8 +685,8 @@ def to_device(model, device):
 
 
 def half_precision(device):
-    """The 16-bit type that the device computes in, rather than emulating it: bfloat16, or on CUDA
-    devices without it float16; None where there is neither."""
+    """The 16-bit type that the device computes in natively: bfloat16, or on CUDA devices without it
+    float16; None where there is neither."""
     if device.type == 'cuda':
         bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
         return torch.bfloat16 if bf16 else torch.float16
@@ -621,626 +700,632 @@ def autocast(device):
     return torch.autocast(device.type, dtype or torch.bfloat16, enabled=dtype is not None)
 
 
-def choose_kernels(device, repeatable):
-    """On CUDA either kernels that compute the same thing every time or the fastest ones."""
-    # a CPU's attention with dropout stays in bfloat16: 1.25 s a step instead of 1.47 s
-    torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(device.type == 'cpu')
+@contextmanager
+def kernels(device, deterministic):
+    """On CUDA either deterministic kernels or the fastest ones; afterwards all is as it was."""
+    cuda, cudnn, fast = torch.backends.cuda, torch.backends.cudnn, not deterministic
+    # of each setting how to set it, what it was, and what it shall be; with the first one attention
+    # with dropout stays in bfloat16 on a CPU: 1.25 s a step instead of 1.47 s
+    before = cuda.fp16_bf16_reduction_math_sdp_allowed()
+    settings = [(cuda.allow_fp16_bf16_reduction_math_sdp, before, device.type == 'cpu')]
     if device.type == 'cuda':
         os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
-        torch.use_deterministic_algorithms(repeatable)
-        torch.backends.cudnn.deterministic = repeatable
-        torch.backends.cudnn.benchmark = not repeatable
-        # these two have no deterministic backward pass; flash attention has one
-        torch.backends.cuda.enable_mem_efficient_sdp(not repeatable)
-        torch.backends.cuda.enable_cudnn_sdp(not repeatable)
+        before = torch.are_deterministic_algorithms_enabled()
+        settings += [
+            (torch.use_deterministic_algorithms, before, deterministic),
+            (partial(setattr, cudnn, 'deterministic'), cudnn.deterministic, deterministic),
+            (partial(setattr, cudnn, 'benchmark'), cudnn.benchmark, fast),
+            # these two have no deterministic backward pass; flash attention has one
+            (cuda.enable_mem_efficient_sdp, cuda.mem_efficient_sdp_enabled(), fast),
+            (cuda.enable_cudnn_sdp, cuda.cudnn_sdp_enabled(), fast),
+        ]
+    try:
+        for set_to, _, value in settings:
+            set_to(value)
+        yield
+    finally:
+        for set_to, value, _ in settings:
+            set_to(value)
 
 
-def parallel_and_compiled(model, run):
+def parallelize_and_compile(model, images, run):
     """The model as the training loop calls it: with gradients averaged over the processes, and
     compiled if the run is long. The weights are those of `model`."""
-    network = DistributedDataParallel(model, broadcast_buffers=False) if run.world > 1 else model
-    device, problem = next(model.parameters()).device, None
-    # run.total, not what is left of it: a run that goes on must compute as it did before
-    if run.total < LONG_RUN or device.type == 'mps':
+    network = DistributedDataParallel(model, broadcast_buffers=False) if WORLD_SIZE > 1 else model
+    # total_steps, not what is left of them: a run that is resumed must compute as it did before
+    if run.finished() or run.total_steps < COMPILE_FROM or images.device.type == 'mps':
         return network
-    print_once('Compiling the UNET ...')
+    print('Compiling the UNET ...', flush=True)
     network.compile()
     try:  # a whole step, so that what cannot be compiled shows here
-        with network.no_sync() if run.world > 1 else nullcontext(), autocast(device):
-            size = run.config['batch_size'] // run.world, *run.image_shape
-            t = torch.zeros(size[0], dtype=torch.long, device=device)
-            network(torch.zeros(size, device=device), t).float().mean().backward()
+        x = to_input(images[: run.config['batch_size'] // WORLD_SIZE])
+        with autocast(x.device):
+            network(x, torch.zeros(len(x), dtype=torch.long, device=x.device)).mean().backward()
     except Exception as error:  # no compiler on this machine, most likely
-        problem = reason(error)
-    model.zero_grad()
-    run.stop_if_asked()  # a Ctrl-C ends the compilers too, and no step may go without them
-    if largest_of_all(problem is not None)[0]:
         network._compiled_call_impl = None
-        print_once(f'torch.compile does not work here ({problem}); going on without it')
+        print(f'torch.compile does not work here ({one_line(error)}); going on without it')
+    model.zero_grad()
     return network
 
 
-def seed_of(seed, stream, index):
-    """A seed for the index-th use of a stream of random numbers, unrelated to that of any other."""
-    return int(np.random.SeedSequence((seed, stream, index)).generate_state(1)[0])
+def fold_in(*numbers):
+    """One seed from several whole numbers; if one of them differs, an unrelated seed."""
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 
-def rise_and_fall(done):
-    """The learning rate's factor when this part of the run is done: up over 3% of it, down to 0."""
-    return min(done / 0.03 + 1e-3, 1 - done)
+def lr_schedule(step, total_steps):
+    """The learning rate's factor: up to 97% over the first 3% of a run, then linearly down to 0."""
+    return min(step / total_steps / 0.03 + 1e-3, 1 - step / total_steps)
 
 
-@contextmanager
-def as_a_program():
-    """Joins the processes of torchrun, if it is that, and ends with one line on stderr for what a
-    user can mend."""
-    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        join_processes()
-        yield
-        if dist.is_initialized():
-            dist.destroy_process_group()
-    except KeyboardInterrupt:
-        print('\nStopped.', file=sys.stderr)
-        sys.exit(130)
-    except Exception as error:
-        if int(os.environ.get('RANK', 0)) > 0:
-            time.sleep(10)  # process 0 has the word; if it has failed, torchrun ends this one now
-        line = reason(error)
-        if re.search("out of memory|can't allocate memory", str(error)):  # CUDA and MPS; the CPU
-            line = 'out of memory: lower batch_size, num_images or Channels, under EDIT HERE'
-        elif not isinstance(error, UserError | OSError | MemoryError):
-            raise
-        sys.exit(f'ddpm.py: {line}')
+# ---- Fewer sampling steps: Algorithm 2 for some of the timesteps -------------------------------
 
 
-def join_processes():
-    if int(os.environ.get('WORLD_SIZE', 1)) == 1:
-        return
-    gpus = torch.cuda.device_count()
-    if gpus:
-        if int(os.environ['LOCAL_WORLD_SIZE']) > gpus:
-            raise UserError(f'--nproc-per-node must be {gpus} or less, the number of GPUs here')
-        torch.cuda.set_device(best_device())
-    dist.init_process_group('cpu:gloo,cuda:nccl' if gpus else 'gloo')
+def sampling_times(num_time_steps: int, num_steps: int | None = None) -> list:
+    """num_steps timesteps (None: all) from T-1 down to 0, evenly spread. Raises UserError unless
+    num_steps is in 1 .. T."""
+    num_steps = num_time_steps if num_steps is None else num_steps
+    if num_steps not in range(1, num_time_steps + 1):
+        raise UserError(f'num_steps is {num_steps!r}, but must be from 1 to {num_time_steps}')
+    return torch.linspace(num_time_steps - 1, 0, num_steps).round().long().tolist()
 
 
-# ---- Checks: a bad number is named, with what would be right, before any work is done ----------
+def respace(scheduler, times):
+    """beta, alpha-bar and sigma for the steps of a reverse process through these timesteps.
+
+    All of them: the article's, with sigma_t^2 = beta_t. Fewer: each is one longer step, whose beta
+    is that of the steps in one; sigma^2 is then beta-tilde, the paper's other choice and the better
+    one for long steps. This is DDIM with eta = 1 (Song et al. 2021, eq. 16).
+    """
+    beta, abar = scheduler(times)
+    if len(times) == len(scheduler.beta):
+        return beta, abar, beta.sqrt()
+    abar_next = F.pad(abar[1:], (0, 1), value=1.0)  # at the timestep to which a step leads
+    beta = 1 - abar / abar_next
+    return beta, abar, (beta * (1 - abar_next) / (1 - abar)).sqrt()
 
 
-def plain(value):
-    """Numbers, arrays and tuples as Python's own numbers and lists, a path as a string."""
-    value = value.tolist() if hasattr(value, 'tolist') else value
-    if isinstance(value, dict):
-        return {name: plain(entry) for name, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(entry) for entry in value]
-    return str(value) if isinstance(value, Path) else value
+# ---- Checks: a bad setting is named, with what would be right, before any work is done ---------
 
 
-def check_number(name, value, kind, least, most=math.inf):
-    """Raises UserError, naming the parameter, unless value is a kind (an int will do for a float,
-    0 and 1 for False and True) with least <= value <= most; NaN is not."""
-    kinds = {int: (int,), float: (int, float), bool: (bool, int)}[kind]
-    value = plain(value)
-    if type(value) not in kinds or not least <= value <= most:
-        noun = {int: 'a whole number', float: 'a number', bool: 'True or False'}[kind]
-        limit = f' of at least {least}' if most == math.inf else f' from {least} to {most}'
-        raise UserError(f'{name} is {value!r}, but must be {noun}{"" if kind is bool else limit}')
+def did_you_mean(word, choices):
+    """The end of a line about a name that is none of the choices."""
+    close = difflib.get_close_matches(str(word), choices, 1)
+    return f'; did you mean {close[0]}?' if close else f', only {", ".join(choices)}'
 
 
-def check_numbers(config):
-    """check_number for every entry of config that NUMBERS has a range for."""
-    for names, limits in NUMBERS.items():
-        for name in config.keys() & {*names.split()}:
-            check_number(name, config[name], *limits)
-
-
-def check_names(function, numbers):
-    """Raises UserError where numbers has a name that the function does not take."""
-    try:
-        inspect.signature(function).bind(**numbers)
-    except TypeError as error:
-        raise UserError(f'{error}: a name under EDIT HERE is misspelt') from None
+def check_arguments(function, given):
+    """Raises UserError where the function has no parameter of a name in `given`, or the value is
+    not of the parameter's type and range. Numbers must be Python's own, as a checkpoint's are."""
+    parameters = inspect.signature(function).parameters
+    for name, value in given.items():
+        if name not in parameters:
+            hint = did_you_mean(name, parameters)
+            raise UserError(f'{function.__name__} takes no {name!r}{hint}')
+        kind = parameters[name].annotation
+        low, high = RANGES.get(name, (1, math.inf))
+        fits = isinstance(value, float | int if kind is float else kind)
+        if isinstance(value, bool | np.generic):  # a bool is an int, and numpy's float64 a float
+            fits = kind is bool and type(value) is bool
+        elif isinstance(value, int | float):
+            fits = fits and low <= value <= high and value < math.inf
+        if not fits:
+            limits = f' from {low} to {high}' if kind in (int, float, int | None) else ''
+            kind = kind.__name__ if isinstance(kind, type) else kind
+            raise UserError(f'{name} is {value!r:.99}, but must be {kind}{limits}')
 
 
 def check_unet(unet):
-    """Raises UserError, saying what would be right, where a UNET's arguments do not fit."""
-    unet = plain(unet)
-    check_numbers(unet)
-    lists = Channels, Attentions, Upscales = [unet[name] for name in LISTS]
-    n = len(Channels) if isinstance(Channels, list) else 0
-    if n < 2 or n % 2 or not all(isinstance(x, list) and len(x) == n for x in lists):
-        raise UserError(f'{", ".join(LISTS)} are {lists}, but must be lists of one even length')
-    half = n // 2
-    if Upscales != [False] * half + [True] * half:
-        raise UserError(f'Upscales must be {half} times False, then {half} times True')
-    for flag in Attentions:
-        check_number('an entry of Attentions', flag, bool, False, True)
-    check_number('Channels[0]', Channels[0], int, 1)
-    chain = [Channels[0] * 2**i for i in range(half + 1)]  # each layer down doubles
-    while len(chain) < n:  # each layer up halves and joins the skip of its mirror
-        chain.append(chain[-1] // 2 + chain[n - len(chain)])
-    if repr(Channels) != repr(chain):  # 16.0 == 16, but makes no layer
-        raise UserError(f'Channels {Channels} do not chain: they must be {chain}')
-    for C, attention in zip(Channels, Attentions):
-        for name in ('num_groups', 'num_heads')[: 1 + bool(attention)]:
-            if C % unet[name]:
-                raise UserError(f'{name} {unet[name]} does not divide the {C} in Channels')
+    """Raises UserError, saying what would be right, where arguments of UNET do not fit together."""
+    unet = {name: unet[name] for name in UNET_DEFAULTS}
+    check_arguments(UNET, unet)
+    Channels, Attentions, Upscales = unet['Channels'], unet['Attentions'], unet['Upscales']
+    n, half = len(Channels), len(Channels) // 2
+    if n < 2 or n % 2 or not n == len(Attentions) == len(Upscales):
+        raise UserError('Channels, Attentions and Upscales must be lists of one even length')
+    if type(Channels[0]) is not int or Channels[0] < 1:
+        raise UserError(f'Channels[0] is {Channels[0]!r}, but must be a whole number from 1')
+    widths = [Channels[0] * 2**i for i in range(half + 1)]  # each layer down doubles
+    while len(widths) < n:  # each layer up halves and joins the skip of its mirror
+        widths.append(widths[-1] // 2 + widths[n - len(widths)])
+    flags = [bool(attention) for attention in Attentions]
+    right = dict(Channels=widths, Attentions=flags, Upscales=[False] * half + [True] * half)
+    for name, wanted in right.items():
+        if repr(unet[name]) != repr(wanted):  # 16.0 == 16, but makes no layer
+            raise UserError(f'{name} is {unet[name]}, but must be {wanted}')
+    for name, layers in (('num_groups', Channels), ('num_heads', [*compress(Channels, flags)])):
+        if any(C % unet[name] for C in layers):
+            raise UserError(f'{name} is {unet[name]}, but must divide each of {layers}')
 
 
-def unet_arguments(unet, channels, num_time_steps):
-    """All arguments of a UNET for images of so many channels; unet holds what differs from the
-    defaults."""
-    if unknown := set(unet) - set(UNET_DEFAULTS):
-        raise UserError(f'unet has {unknown}, but UNET takes only {list(UNET_DEFAULTS)}')
-    of_data = dict(input_channels=channels, output_channels=channels, time_steps=num_time_steps)
-    for name, value in of_data.items():
-        if unet.get(name, value) != value:
-            raise UserError(f'unet has {name}={unet[name]!r}, but here it must be {value}')
-    unet = {**UNET_DEFAULTS, **unet, **of_data}
-    check_unet(unet)
-    return unet
-
-
-def checked_times(model, x, t):
-    """t as whole numbers on the device of x. Raises UserError where x or t do not fit the UNET."""
-    C, factor = model.input_channels, 2 ** (model.num_layers // 2)
-    if x.ndim != 4 or x.shape[1] != C or any(side % factor for side in x.shape[2:]):
-        wanted = f'(batch, {C}, height, width) with both sides multiples of {factor}'
-        raise UserError(f'x is {tuple(x.shape)}, but must be {wanted}')
-    t = torch.as_tensor(t)
-    whole = not t.is_floating_point() and t.dtype is not torch.bool
-    if not whole or t.shape not in ((1,), x.shape[:1]):
-        raise UserError(f't is {t.dtype} {tuple(t.shape)}, but must be 1 or {len(x)} whole numbers')
-    t = t.to(x.device, torch.long)
-    # reading a t that is on an accelerator would wait for it, and break a compiled graph in two
-    readable = t.device.type == 'cpu' and not torch.compiler.is_compiling()
-    if readable and not 0 <= t.min() <= t.max() < model.time_steps:
-        raise UserError(f't is from {t.min()} to {t.max()}, outside 0 .. {model.time_steps - 1}')
-    return t
+def warn_of_few_timesteps(num_time_steps, images):
+    """Prints a line where samples will suffer from how much of an image the last timestep leaves:
+    training still sees it there, but sampling starts from noise, whose mean is 0."""
+    left = DDPM_Scheduler(num_time_steps).alpha[-1].sqrt().item()
+    mean = images[:: len(images) // 1000 + 1].float().mean().item() / 255
+    # of the noise's own mean over an image's pixels, in standard deviations
+    brightness = left * mean * images.shape[-1]
+    if left > 0.1 or brightness > 0.5:
+        print(
+            f'With num_time_steps={num_time_steps} the last timestep leaves {left:.1%} of an image '
+            f'(mean {mean:.2f}), but sampling starts from noise alone: samples will be dark or '
+            'noisy. num_time_steps=1000 leaves 0.6%.',
+            flush=True,
+        )
 
 
 # ---- Data: MNIST comes with the repository; other files are used if there, else fetched --------
 
 
 def load_images(dataset, image_size=32):
-    """The training images of one of DATASETS, or of a folder of pictures, (N, C, H, W) uint8.
-    Raises UserError for files that are missing or damaged and not to be had."""
-    if dataset not in DATASETS:
-        folder = Path(str(dataset)).expanduser()
-        if folder.is_dir():
+    """The training images of one of DATASETS, or of a folder of pictures, (N, C, H, W) uint8; 28 x
+    28 is zero-padded to 32 x 32. Raises UserError for files that are missing or damaged and cannot
+    be fetched."""
+    name = {name.lower(): name for name in DATASETS}.get(str(dataset).lower())
+    if name is None:
+        folder = Path(dataset).expanduser()
+        if str(dataset) and folder.is_dir():
             return load_folder(folder, image_size)
-        raise UserError(f'dataset is {dataset!r}, but must be {", ".join(DATASETS)} or a folder')
+        hint = did_you_mean(dataset, DATASETS)
+        raise UserError(f'dataset is {str(dataset)!r}: no such dataset or folder{hint}')
     if image_size != 32:
-        raise UserError(f'image_size is {image_size}, but that of {dataset} is always 32')
-    if dataset == 'MNIST':
+        raise UserError(f'image_size is {image_size}, but that of {name} is always 32')
+    if name == 'MNIST':
         path = DATA / 'MNIST/raw/train-images-idx3-ubyte.gz'
         try:
             pixels = gzip.decompress(path.read_bytes())[16:]  # behind the header; checks a CRC
-            return torch.frombuffer(bytearray(pixels), dtype=torch.uint8).reshape(-1, 1, 28, 28)
+            images = torch.frombuffer(bytearray(pixels), dtype=torch.uint8).reshape(-1, 28, 28)
         except (OSError, EOFError, zlib.error, ValueError, RuntimeError) as error:
-            raise UserError(f'{path} is damaged or missing ({reason(error)}): restore it') from None
-    rank, world = rank_and_world()
-    if rank > 0:
-        largest_of_all(0)  # process 0 fetches; NCCL's barrier would give up after ten minutes
+            why = one_line(error)
+            raise UserError(f'{path} is damaged or missing ({why}): restore it') from None
+    else:
+        images = torch.as_tensor(fetch(name))
+    if images.ndim == 3:
+        return F.pad(images[:, None], [2] * 4)
+    return images.permute(0, 3, 1, 2).contiguous()  # CIFAR10
+
+
+def fetch(name):
+    """The training images of a dataset of torchvision, from DATA or else from the network."""
+    source, timeout = getattr(datasets, name), socket.getdefaulttimeout()
     try:
-        images = torch.as_tensor(torchvision_dataset(dataset).data)
+        with suppress(RuntimeError):  # not there, or not whole
+            return source(DATA, train=True).data
+        print(f'Fetching {name} into {DATA}', flush=True)
+        socket.setdefaulttimeout(NETWORK_TIMEOUT)
+        DATA.mkdir(exist_ok=True)
+        with locked(DATA / f'{name}.lock'):  # of several processes one fetches and unpacks
+            return source(DATA, train=True, download=True).data
     except Exception as error:  # of damaged files, the network, the disk
-        why = f'{dataset} in {DATA} is damaged or cannot be fetched: {reason(error, -1)}'
+        why = f'{name} in {DATA} is damaged or cannot be fetched: {one_line(error)}'
         raise UserError(f'{why}. Delete it, or copy it from where torchvision has it') from None
-    if rank == 0 and world > 1:
-        largest_of_all(0)
-    return images[:, None] if images.ndim == 3 else images.permute(0, 3, 1, 2).contiguous()
-
-
-def torchvision_dataset(dataset):
-    """The training split of one of torchvision's datasets. What is not there is fetched into a
-    folder of its own and moved when it is whole: what a stop leaves is never taken for data."""
-    source = getattr(datasets, dataset)
-    try:
-        return source(DATA, train=True)
-    except RuntimeError:
-        urls = getattr(source, 'mirrors', None) or [getattr(source, 'url', '')]
-        urls = [source.resources['train'][0][0]] if dataset == 'QMNIST' else urls
-        print_once(f'Fetching {dataset} from {urls[0]} into {DATA}')
-    socket.setdefaulttimeout(NETWORK_SECONDS)
-    DATA.mkdir(exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=DATA) as folder:
-        source(folder, train=True, download=True)
-        for entry in os.scandir(folder):
-            os.replace(entry, DATA / entry.name)
-    return source(DATA, train=True)
+    finally:
+        socket.setdefaulttimeout(timeout)
 
 
 def load_folder(folder, size):
     """Every picture below a folder, in the order of their paths: the middle square, resized to
-    (size, size); grey if all are. What cannot be read is named and left out."""
-    paths = sorted(
-        path
-        for path in folder.rglob('*')
-        if path.suffix.lower() in Image.registered_extensions()
-        and not any(part.startswith('.') for part in path.relative_to(folder).parts)
-    )
-    # 3 KB a picture of 32 x 32; a MemoryError comes here, before the work
-    images, count = np.empty((len(paths), size, size, 3), np.uint8), 0
-
-    def read(path):
-        try:
-            with Image.open(path) as picture:
-                if picture.mode.startswith('I'):  # 16 bits, which Pillow would clip
-                    picture = Image.fromarray((np.asarray(picture) // 256).astype(np.uint8))
-                picture = ImageOps.exif_transpose(picture).convert('RGBA')
-                picture = ImageOps.fit(picture, (size, size), Image.Resampling.LANCZOS)
-                white = Image.new('RGBA', picture.size, 'white')  # behind what is transparent
-                return np.asarray(Image.alpha_composite(white, picture).convert('RGB'))
-        except Exception as error:  # each format has errors of its own
-            if rank_and_world()[0] == 0:
-                tqdm.write(f'{path} is left out: {reason(error)}', file=sys.stderr)
-
+    (size, size); grey if all are. Hidden files and this program's outputs are passed over."""
+    files, seen = [], {OUTPUTS.resolve()}
+    for place, folders, names in os.walk(folder, followlinks=True):
+        real = Path(place).resolve()
+        if real in seen:  # outputs, or a link that leads back
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = sorted(name for name in folders if not name.startswith('.'))
+        files += [Path(place, name) for name in names if not name.startswith('.')]
+    suffixes = Image.registered_extensions()
+    paths = sorted(path for path in files if path.suffix.lower() in suffixes and path.is_file())
+    images, count = np.empty((len(paths), size, size, 3), np.uint8), 0  # a lack of memory shows now
     with ThreadPool() as readers:
-        pictures = readers.imap(read, paths, chunksize=16)
-        how = dict(total=len(paths), ncols=79, disable=rank_and_world()[0] > 0)
-        for picture in tqdm(pictures, f'Reading {folder.name}', **how):
+        pictures = readers.imap(partial(read_picture, size=size), paths, chunksize=16)
+        for picture in progress_bar(f'Reading {folder.name}', len(paths), pictures):
             if picture is not None:
                 images[count], count = picture, count + 1
+    others = Counter(path.suffix.lower() or 'no suffix' for path in {*files} - {*paths})
+    passed_over = ', '.join(f'{n} x {kind}' for kind, n in others.most_common(9)) or 'none'
+    found = f'{count} of {len(paths)} pictures in {folder}; other files: {passed_over}'
     if count == 0:
-        raise UserError(f'{folder} has no picture that can be read')
+        raise UserError(f'no picture that can be read: {found}')
+    print(found, flush=True)
     images = torch.from_numpy(images[:count]).permute(0, 3, 1, 2)
     grey = all((part == part[:, :1]).all() for part in images.split(1000))
     return (images[:, :1] if grey else images).contiguous()
 
 
+def read_picture(path, size):
+    """One picture, (size, size, 3) uint8; None, and a line that says why, if it cannot be read."""
+    try:
+        with Image.open(path) as picture:
+            picture = ImageOps.exif_transpose(picture)
+            if picture.mode[0] in 'IF':  # 16 or 32 bits, which Pillow would clip to 0 .. 255
+                values = np.asarray(picture).astype(np.float64)
+                low, high, white = values.min(), values.max(), 1 if picture.mode == 'F' else 65535
+                # 12 bits in 16, say, would come out black
+                if not (0 <= low and high <= white) or (white > 1 and 0 < high < 4096):
+                    raise ValueError(f'its values go from {low:g} to {high:g}, not to {white}')
+                picture = Image.fromarray((values * (255 / white)).astype(np.uint8))
+            picture = ImageOps.fit(picture.convert('RGBA'), (size, size), Image.Resampling.LANCZOS)
+            ground = Image.new('RGBA', picture.size, 'white')  # behind what is transparent
+            return np.asarray(Image.alpha_composite(ground, picture).convert('RGB'))
+    except Exception as error:  # each format has errors of its own
+        tqdm.write(f'{path} is left out: {one_line(error)}', file=sys.stderr)
+
+
 def to_input(images):
-    """(B, C, H, W) uint8 -> float32 in [0, 1]; 28 x 28 is zero-padded to 32 x 32."""
-    margin = 2 if images.shape[-1] == 28 else 0
-    return F.pad(images.float() / 255, [margin] * 4)
+    """uint8 -> float32 in [0, 1]."""
+    return images.float() / 255
 
 
 def to_uint8(x):
-    """float -> uint8, clamped to [0, 1] and rounded; what to_input has padded stays."""
+    """float -> uint8, clamped to [0, 1] and rounded."""
     return (x.float().clamp(0, 1) * 255).round().byte()
 
 
 # ---- Runs and checkpoints: no stop loses more than save_minutes, none changes the result -------
 
 
-class Run:
-    """What keeps a training run from being lost. Inside `with`, the checkpoint file is this
-    process's alone; from resume on, Ctrl-C and SIGTERM wait until the step under way is saved."""
+class Run(ExitStack):
+    """What keeps a training run from being lost. Inside `with` no other run can use its checkpoint;
+    while it goes through its epochs, a signal waits until the step under way is done and saved."""
 
-    def __init__(self, path, config, unet):
-        path = Path(path).expanduser()
-        self.path = path.resolve() if path.is_symlink() else path  # a link stays a link
-        self.config, self.unet = plain(config), plain(unet)
-        check_numbers(self.config)
-        self.rank, self.world = rank_and_world()
-        size = self.config['batch_size']
-        if size % self.world:
-            raise UserError(f'batch_size is {size}, which {self.world} processes cannot share')
-        self.share = slice(self.rank * size // self.world, (self.rank + 1) * size // self.world)
-        self.bar, self.done, self.signals, self.exits = tqdm(disable=True), 0, [], ExitStack()
+    def __init__(self, config, images):
+        super().__init__()
+        self.path = Path(config.pop('checkpoint_path') or CHECKPOINT).expanduser()
+        unet, batch_size, channels = config.pop('unet') or {}, config['batch_size'], images.shape[1]
+        if batch_size > len(images) or batch_size % WORLD_SIZE:
+            limits = f'{len(images)} images and {WORLD_SIZE} processes to share a batch'
+            raise UserError(f'batch_size is {batch_size}, but {config["dataset"]} has {limits}')
+        of_data = dict(input_channels=channels, output_channels=channels)
+        of_data['time_steps'] = config['num_time_steps']
+        check_arguments(UNET, unet)
+        for name, value in of_data.items():
+            if unet.get(name, value) != value:
+                raise UserError(f'unet has {name}={unet[name]}, but here it must be {value}')
+        self.unet = {**UNET_DEFAULTS, **unet, **of_data}
+        check_unet(self.unet)
+        self.image_size, halvings = images.shape[-1], len(self.unet['Channels']) // 2
+        if self.image_size % 2**halvings:
+            wanted = f'a multiple of {2**halvings}, since UNET halves it {halvings} times'
+            raise UserError(f'image_size is {self.image_size}, but must be {wanted}')
+        warn_of_few_timesteps(config['num_time_steps'], images)
+        data = f'{len(images)} images, CRC {zlib.crc32(images.numpy()):08x}'
+        self.config = {**config, 'dataset': str(config['dataset']), 'data': data}
+        self.steps_per_epoch = len(images) // batch_size  # the last partial batch is dropped
+        self.total_steps = self.steps_per_epoch * config['num_epochs']
+        self.seed = secrets.randbits(32) if config['seed'] == -1 else config['seed']
+        if WORLD_SIZE > 1:  # process 0's for all
+            seed = torch.tensor(self.seed)
+            dist.broadcast(seed, 0)
+            self.seed = seed.item()
+        self.step, self.saved_step, self.saved_path = 0, 0, self.path  # steps done, and saved
+        self.stop_signal = None
 
     def __enter__(self):
-        if self.rank:
-            return self
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            lock = self.exits.enter_context(open(f'{self.path}.lock', 'w'))
-        except OSError as error:
-            raise UserError(f'cannot write {self.path} ({error}): change checkpoint_path') from None
-        claim(lock, self.path)
+        if RANK == 0:
+            self.lock()
+            Path(f'{self.path.resolve()}.tmp').unlink(missing_ok=True)  # of a save that was killed
+        self.callback(torch.set_default_dtype, torch.get_default_dtype())  # whatever is set outside
+        torch.set_default_dtype(torch.float32)
+        self.enter_context(torch.inference_mode(False))  # with gradients
         return self
 
-    def __exit__(self, kind, *_):
-        with self.exits:
-            with suppress(OSError):
-                self.bar.close()
-            if self.done and kind and issubclass(kind, OSError):  # nobody reads the output any more
-                self.save(last=True)
+    def lock(self):
+        try:
+            writable(self.path.parent)
+            self.enter_context(locked(f'{self.path}.lock', timeout=0))
+        except Timeout:
+            why = f'another run is using {self.path}'
+            raise UserError(f'{why}: change checkpoint_path') from None
+        except OSError as error:
+            why = f'cannot write {self.path} ({one_line(error)})'
+            raise UserError(f'{why}: change checkpoint_path') from None
 
-    def is_finished(self):
-        """Reads the checkpoint, if there is one. Raises UserError if it is that of another run."""
+    def __exit__(self, kind, *error):
+        super().__exit__(kind, *error)  # from here on signals are the caller's again
+        if kind is None:
+            self.exit_if_stopped()
+
+    def resume(self, **parts):
+        """Loads the checkpoint, if there is one, into the parts whose state it holds."""
+        self.parts = parts
         saved = load_checkpoint(self.path, to_train=True) if self.path.exists() else None
-        self.saved, self.before = saved, {**saved['unet'], **saved['config']} if saved else {}
-        fresh = largest_of_all(secrets.randbits(32))[0]
-        if self.config['seed'] == -1:
-            self.config['seed'] = self.before.get('seed', fresh)
-        self.seed = self.config['seed']
-        done = len(saved['losses']) // saved['steps'] if saved and saved['steps'] else 0
-        finished = done >= self.config['num_epochs']
-        self.compare({**self.unet, **self.config, 'time_steps': self.config['num_time_steps']})
-        if finished:
-            print_once(f'{self.path}: {done} epochs are done; a larger num_epochs trains on')
-        return finished
+        losses = saved['losses'] if saved else torch.zeros(0, dtype=torch.float32)  # one a step
+        self.step = self.saved_step = len(losses)
+        # an article's checkpoint has no losses, but its Adam has counted its steps
+        self.steps_before = saved['steps_before'] if saved else 0
+        if saved:
+            self.compare({**saved['unet'], **saved['config']})
+            self.seed = saved['config'].get('seed', self.seed)
+            optimizer = parts['optimizer']  # its settings are this call's
+            saved['optimizer']['param_groups'] = optimizer.state_dict()['param_groups']
+            for name, part in parts.items():
+                if saved[name]:  # a scaler without float16 has no state
+                    part.load_state_dict(saved[name])
+            for parameter, state in optimizer.state.items():
+                for name in ('exp_avg', 'exp_avg_sq'):  # fused Adam needs the parameter's strides
+                    state[name] = torch.empty_like(parameter).copy_(state[name])
+            print(f'{self.path}: resumed after step {self.step} of {self.total_steps}', flush=True)
+        self.config['seed'] = self.seed
+        self.losses = losses.to(best_device())
+        parts['ema'].module.image_size = self.image_size
 
-    def compare(self, numbers):
-        """Raises UserError where a number that may not change is not the checkpoint's, so that the
-        run could not go on exactly."""
-        for name, now in numbers.items():
-            then = plain(self.before.get(name, now))
-            if then != now and name not in MAY_CHANGE:
+    def compare(self, before):
+        """Raises UserError where a setting that must stay is not the checkpoint's."""
+        for name, now in {**self.config, **self.unet}.items():
+            then = before.get(name, now)
+            if then == now or name == 'dataset' or (name == 'seed' and now == -1):
+                continue  # whatever a dataset is called, its images must be the same
+            if name not in MAY_CHANGE:
                 raise UserError(
                     f'{self.path} is from a run with {name}={then!r:.99}, this one has '
                     f'{name}={now!r:.99}: put it back, or to start afresh change checkpoint_path'
                 )
+            if not self.finished():
+                print(f'{name} was {then}, is {now} from here on')
 
-    def begin_with(self, images):
-        """Settles what depends on the images, (N, C, H, W) uint8. Raises UserError if they are too
-        few or not those of the checkpoint."""
-        size, name = self.config['batch_size'], self.config['dataset']
-        self.steps = len(images) // size  # of an epoch; the last partial batch is dropped
-        if self.steps == 0:
-            raise UserError(f'batch_size is {size}, but {name} has {len(images)} images')
-        self.total = self.steps * self.config['num_epochs']
-        self.image_shape = to_input(images[:1]).shape[1:]
-        self.unet = unet_arguments(self.unet, images.shape[1], self.config['num_time_steps'])
-        side, factor = self.image_shape[-1], 2 ** (len(self.unet['Channels']) // 2)
-        if side % factor:
-            raise UserError(f'image_size is {side}, but this UNET needs a multiple of {factor}')
-        self.config['data'] = f'{len(images)} images, CRC {zlib.crc32(images.numpy()):08x}'
-        self.compare({**self.unet, 'data': self.config['data']})
+    def epochs(self):
+        """Yields the epochs that are left, under a progress bar of the whole run."""
+        size, epochs = self.config['batch_size'], self.config['num_epochs']
+        if not self.finished():
+            self.first_step, self.began = self.step, time.monotonic()
+            self.next_save = self.began + 60 * self.config['save_minutes']
+            self.catch_signals()
+            done, total = self.step * size, self.total_steps * size
+            bar = progress_bar('Training', total, initial=done, unit=' img')
+            self.bar = self.enter_context(bar)
+            self.sample_progress()  # the grid that an earlier stop cut off
+        for epoch in range(self.step // self.steps_per_epoch, epochs):
+            first, end = (n * self.steps_per_epoch for n in (epoch, epoch + 1))
+            self.losses = F.pad(self.losses, (0, end - len(self.losses)), value=1.0)
+            self.bar.set_description(f'Epoch {epoch + 1}/{epochs}')
+            yield epoch
+            write(f'Epoch {epoch + 1} | Loss {self.losses[first:end].mean().item():.5f}')
+        done = self.step // self.steps_per_epoch
+        write(f'{self.path}: trained for {done} epochs; a larger num_epochs trains on')
 
-    def resume(self, model, optimizer, scaler, ema):
-        """Puts the checkpoint into them; the optimizer's numbers stay as they are."""
-        self.model, self.optimizer, self.scaler, self.ema = model, optimizer, scaler, ema
-        saved, self.saved = self.saved, None
-        self.done = len(saved['losses']) if saved else 0  # steps
-        device = next(model.parameters()).device
-        self.losses = torch.zeros(max(self.done, self.total), device=device)  # of every step
-        if saved:
-            self.losses[: self.done] = saved['losses']
-            model.load_state_dict(saved['weights'])
-            ema.load_state_dict(saved['ema'])
-            groups = optimizer.state_dict()['param_groups']
-            optimizer.load_state_dict({**saved['optimizer'], 'param_groups': groups})
-            for parameter, state in optimizer.state.items():
-                for name in ('exp_avg', 'exp_avg_sq'):  # fused Adam pairs them by their strides
-                    state[name] = torch.empty_like(parameter).copy_(state[name])
-            if saved['scaler']:
-                scaler.load_state_dict(saved['scaler'])
-            for name, now in self.config.items():  # those of MAY_CHANGE: others are compared
-                if (then := self.before.get(name, now)) != now:
-                    print_once(f'{name} was {then}, is {now} from here on')
-            print_once(f'{self.path}: going on after {self.progress()}')
-        self.next_save = time.monotonic() + 60 * self.config['save_minutes']
-        if threading.current_thread() is threading.main_thread():  # no other may set handlers
-            for signum in (signal.SIGINT, signal.SIGTERM, getattr(signal, 'SIGHUP', signal.SIGINT)):
-                if signal.getsignal(signum) is not signal.SIG_IGN:  # as under nohup
-                    before = signal.signal(signum, self.note_signal)
-                    self.exits.callback(signal.signal, signum, before)
+    def catch_signals(self):
+        """From here to the end of the run Ctrl-C, SIGTERM and SIGHUP are only noted."""
 
-    def note_signal(self, signum, _):
-        self.signals.append(signum)
-        if self.rank == 0:
-            with suppress(OSError):
+        def note(signum, frame):
+            self.stop_signal = signum
+            with suppress(OSError):  # after SIGHUP there is no terminal
                 os.write(2, b'\nStopping: finishing the step and saving ...\n')
 
-    def progress(self):
-        epochs, steps = divmod(self.done, self.steps)
-        return f'{epochs} epochs and {steps} steps'
+        if WORLD_SIZE > 1:
+            return  # they would stop at different steps: there the last save stands
+        for name in ('SIGINT', 'SIGTERM', 'SIGHUP'):
+            signum = getattr(signal, name, signal.SIGINT)  # Windows has no SIGHUP
+            with suppress(ValueError):  # in a thread, where handlers cannot be set
+                if signal.getsignal(signum) is not signal.SIG_IGN:  # as under nohup
+                    self.callback(signal.signal, signum, signal.signal(signum, note))
 
-    def steps_left(self, epoch):
-        """Yields the steps that are left of an epoch, under a bar."""
-        size, first = self.config['batch_size'], self.done - epoch * self.steps
-        self.began, self.began_at = self.done, time.monotonic()
-        self.skipped_before = self.done - self.updates()
-        name, how = f'Epoch {epoch + 1}/{self.config["num_epochs"]}', dict(unit=' img')
-        how |= dict(initial=first * size, mininterval=0.5, disable=self.rank > 0)
-        how['bar_format'] = BAR + '{rate_noinv_fmt}{postfix}'
-        with tqdm(None, name, self.steps * size, **how) as self.bar:
-            yield from range(first, self.steps)
+    @property
+    def ema_step(self):
+        """Which update of the EMA weights is next, from 1."""
+        return self.steps_before + self.step + 1
+
+    def finished(self):
+        return self.step >= self.total_steps
 
     def step_done(self, loss):
-        """Takes the loss of a step, which is now done; saves, and stops, when it is time to."""
-        loss = loss.detach()
-        if self.world > 1:
+        """Records the loss of a step; saves, samples and stops when it is time to."""
+        loss = loss.detach() / WORLD_SIZE
+        if WORLD_SIZE > 1:
             dist.all_reduce(loss)
-        self.losses[self.done] = loss / self.world
-        self.done += 1
-        ended, finished = self.done % self.steps == 0, self.done == self.total
-        # a few times a second the bar is drawn anew; only then is the loss read
-        if self.bar.update(self.config['batch_size']) or ended:
-            pace = (time.monotonic() - self.began_at) / (self.done - self.began)
-            left = tqdm.format_interval(pace * (self.total - self.done))
-            loss = self.mean_loss((self.done - 1) // self.steps)
-            self.bar.set_postfix_str(f'loss {loss:.4f}, {left} to go')
-        if self.world == 1 or self.done % 10 == 0 or finished:  # processes agree now and then
-            due = time.monotonic() > self.next_save
-            signum, due = largest_of_all(max(self.signals, default=0), due)
-            if signum or due or finished:
-                self.save(last=signum or finished)
-                self.stop_if_asked()
+        if self.parts['scaler'].is_enabled():  # it skips a step that overflows: so do the losses
+            loss = torch.where(loss.isfinite(), loss, self.losses[max(0, self.step - 1)])
+        self.losses[self.step] = loss
+        self.step += 1
+        if self.finished() or self.stop_signal or time.monotonic() > self.next_save:
+            self.save()
+            self.exit_if_stopped()
+        # the bar is redrawn a few times a second; only then is the loss read from the device
+        if self.bar.update(self.config['batch_size']):
+            loss = statistics.fmean(self.recent_losses())
+            self.bar.set_postfix_str(f'loss {loss:.4f}', refresh=False)
+        if self.step == self.first_step + 10:
+            hours = (time.monotonic() - self.began) / 10 * (self.total_steps - self.step) / 3600
+            if hours > 12:
+                write(f'{hours / 24:.1f} days to go; the settings of PREVIEW suit a CPU')
+        self.sample_progress()
 
-    def mean_loss(self, epoch):
-        """The mean over the steps done of an epoch. Raises UserError if one is not finite, unless
-        the step was skipped for it: float16 has its overflows, and scales the loss down then."""
-        losses = self.losses[epoch * self.steps : self.done][: self.steps]
-        mean = losses.mean().item()
-        if math.isfinite(mean):
-            return mean
-        finite = losses.isfinite()
-        if self.scaler.is_enabled() and self.scaler.get_scale() >= 1:
-            return losses[finite].mean().item()
-        step = finite.logical_not().nonzero()[0].item()
-        where = f'in epoch {epoch + 1}, step {step + 1}'
-        raise UserError(f'the loss is {losses[step]} {where}{TOO_FAR}')
+    def recent_losses(self):
+        """The last losses. Raises UserError where training has certainly diverged: a loss is not
+        finite, or most are far above 1, the loss of predicting nothing."""
+        recent = self.losses[max(0, self.step - RECENT) : self.step].tolist()
+        bad = [loss for loss in recent if not math.isfinite(loss)]
+        if len(recent) == RECENT and statistics.median(recent) > 2:
+            bad.append(statistics.median(recent))
+        if bad:
+            raise self.diverged(f'its loss is {bad[0]:.3g}')
+        return recent
 
-    def updates(self):
-        """How often Adam has changed the weights."""
-        return int(next((state['step'] for state in self.optimizer.state.values()), 0))
+    def diverged(self, why):
+        what = f'training has diverged at step {self.step}, {why}: lower lr'
+        return UserError(f'{what}. {self.path} is as it was last saved')
 
-    def skipped(self):
-        """A word about the steps of this epoch that float16 has skipped."""
-        count = self.done - self.updates() - self.skipped_before
-        return f' | {count} steps skipped, for float16 overflowed' if count else ''
-
-    def save(self, last):
-        """Writes the checkpoint. Raises UserError if the run has diverged, or if the file cannot be
-        written and there will be no later chance."""
-        self.mean_loss((self.done - 1) // self.steps)
-        losses = self.losses[: self.done].clone().cpu()  # a view is saved with all of its tensor
-        best, recent = losses.nan_to_num(1).min().item(), losses[-20:].nanmedian().item()
-        if best < 0.5 and recent > 0.9:  # 1 is the loss of predicting nothing
-            raise UserError(f'the run has diverged, its loss is {recent:.3g} again{TOO_FAR}')
+    def save(self):
+        """Writes the checkpoint and the curve of the losses. Raises UserError if training has
+        diverged, or if the file cannot be written and there will be no later chance."""
         self.next_save = time.monotonic() + 60 * self.config['save_minutes']
-        if self.rank:
+        if RANK > 0:
             return
-        parts = dict(weights=self.model, optimizer=self.optimizer, ema=self.ema, scaler=self.scaler)
-        state = {name: part.state_dict() for name, part in parts.items()}
-        groups = plain(state['optimizer']['param_groups'])  # may hold numpy's numbers
-        state['optimizer']['param_groups'] = groups
-        state |= dict(unet=self.unet, config=self.config, steps=self.steps, losses=losses)
+        recent, path = self.recent_losses(), self.path
+        loss, now = statistics.median(recent), statistics.median(recent[-5:])
+        losses = self.losses[: self.step].clone().cpu()  # a view would be saved whole
+        state = {name: part.state_dict() for name, part in self.parts.items()}
+        scale = state['scaler'].get('scale', 1)
+        if scale < 1 or not all_finite(state['weights']):
+            raise self.diverged('its weights overflow')
+        line = f'The loss is {max(loss, now):.3g}, and predicting nothing gives 1: lower lr'
+        whole = losses[: self.step // RECENT * RECENT].reshape(-1, RECENT).median(1).values
+        if now > 2 or (loss > 0.9 and (whole < 0.5).any()):  # diverged, but that is not certain
+            path = Path(f'{path}.suspect')
+            tqdm.write(f'{line}. Saved as {path}; {self.path} stays as it was', file=sys.stderr)
+        elif loss > 0.9 and self.finished() and self.step >= RECENT:
+            tqdm.write(line, file=sys.stderr)
+        state |= dict(unet=self.unet, config=self.config, losses=losses)
+        state['steps_before'] = self.steps_before
         try:
-            check_tensors(state)
-            save_checkpoint(self.path, state)
-        except ValueError as error:
-            raise UserError(f'the run has diverged, {error}{TOO_FAR}') from None
-        except OSError as error:
-            problem = f'cannot write {self.path} ({error}); what it held before is unharmed'
-            if last:
+            save_checkpoint(path, state)
+            self.saved_step, self.saved_path = self.step, path
+        except (OSError, RuntimeError) as error:  # torch.save raises the latter on a full disk
+            problem = f'cannot write {path} ({one_line(error)}); what it held before is unharmed'
+            if self.finished() or self.stop_signal:
                 raise UserError(problem) from None
             tqdm.write(f'{problem}; training goes on', file=sys.stderr)
+        with pictures_or_a_line():
+            draw_losses(losses, self.steps_per_epoch, OUTPUTS / self.path.name)
 
-    def stop_if_asked(self):
-        (signum,) = largest_of_all(max(self.signals, default=0))
-        if signum:
-            self.bar.close()
-            saved = f'all saved in {self.path}' if self.done else 'with nothing to save'
-            with suppress(OSError):  # the terminal may be closed
-                print_once(f'\nStopped after {self.progress()}, {saved}. Run again to go on.')
-            raise SystemExit(128 + signum)
+    def exit_if_stopped(self):
+        if self.stop_signal:
+            if self.saved_step < self.step:  # the last save has failed, or the signal came after it
+                self.save()
+            line = 'Stopped before the first step'
+            if self.step:
+                line = f'Stopped after step {self.step} of {self.total_steps}, '
+                line += f'saved in {self.saved_path}: run again to resume'
+            raise Stopped(self.stop_signal, line)
 
-    def finish(self):
-        self.stop_if_asked()
-        if self.rank == 0:
-            with picture_or_line('the loss curve'):
-                draw_losses(self.losses, self.steps, OUTPUTS / self.path.name)
-            epochs = self.config['num_epochs']
-            print(f'Trained for {epochs} epochs: {self.path}. A larger num_epochs trains on.')
+    def sample_progress(self):
+        """Every sample_every epochs a grid of samples, always from the same noise."""
+        every = self.config['sample_every'] * self.steps_per_epoch
+        if RANK > 0 or not every or not self.step or self.step % max(1, round(every)):
+            return
+        model = self.parts['ema'].module
+        count = min(64, sample_batch(best_device(), self.image_size))
+        steps = min(PROGRESS_STEPS, model.time_steps)
+        x = sample(model, count, steps, seed=0, on_step=lambda *_: self.exit_if_stopped())
+        epoch = self.step / self.steps_per_epoch
+        with pictures_or_a_line():
+            path = writable(OUTPUTS / self.path.name / 'progress') / f'epoch_{epoch:06.2f}.png'
+            grid(x).save(path)
+            write(f'{path}: samples after {epoch:.2f} epochs')
 
 
-def claim(lock, path):
-    """Makes a path's lock this process's until that ends, however it ends. Raises UserError if it
-    is another's; where the file system has no locks, that is printed."""
+@contextmanager
+def locked(path, timeout=-1):
+    """Holds a lock on a file and removes it; where the file system has no locks, a line says so.
+    Raises Timeout if another process has it for longer than `timeout` seconds (-1: waits)."""
+    lock = FileLock(path, timeout=timeout)
     try:
-        import fcntl  # which Windows lacks
+        lock.acquire()
+    except Timeout:
+        raise
+    except (OSError, NotImplementedError) as error:
+        print(f'No locks here ({one_line(error)}): start no second run on {Path(path).stem}')
+    try:
+        yield
+    finally:
+        if os.name != 'nt':  # Windows deletes no open file
+            Path(path).unlink(missing_ok=True)
+        lock.release()
 
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):  # the latter on some network mounts
-        raise UserError(f'another run is using {path}: change checkpoint_path') from None
-    except (ImportError, OSError) as error:
-        print_once(f'{lock.name}: no locks here ({error}). Start no second run on this checkpoint.')
+
+def all_finite(tensors):
+    return all(tensor.isfinite().all() for tensor in tensors.values())
 
 
 def save_checkpoint(path, state):
     """Writes a file beside path, then renames it: path holds the old state or the new, never less.
-    Raises OSError."""
+    Raises OSError or RuntimeError."""
+    path = Path(path).resolve()  # a link stays a link
     temporary = Path(f'{path}.tmp')
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, 'wb') as file:
             torch.save(state, file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except RuntimeError as error:  # torch.save puts its own in place of a full disk's OSError
-        raise error.__context__ if isinstance(error.__context__, OSError) else error from None
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def load_checkpoint(path, to_train=False):
-    """A checkpoint as a dict of tensors on the CPU and plain values, found to be whole: `weights`,
-    `optimizer`, `ema`, `unet`, `config`, `losses` (its length is the number of steps done). The
-    article's code wrote the first three only; a file that is only to be drawn from has no others
-    than `ema`, in any precision, `unet` and `config`. Raises UserError and runs nothing of it."""
+    """A checkpoint as a dict: `weights`, `optimizer`, `ema`, `scaler`, `unet`, `config`, `losses`
+    (one a step), `steps_before`. The article's code wrote only the first three, and sampling needs
+    only `ema`, in any precision. Raises UserError for a file that is damaged or would run code."""
+    path = Path(path).expanduser()
     try:
-        if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive:
-                if part := archive.testzip():
-                    raise ValueError(f'{part} in it is damaged')
-        with warnings.catch_warnings():
-            warnings.simplefilter('ignore')  # about unusual pickles: the error below says enough
-            saved = torch.load(path, map_location='cpu', weights_only=True)
-        rest = {'config': {}, 'losses': torch.zeros(0), 'scaler': {}, 'steps': 0}
-        saved = {**rest, **saved, 'unet': {**UNET_DEFAULTS, **saved.get('unet', {})}}
-        check_numbers({**saved['config'], 'steps': saved['steps']})
-        drawing_only = not saved.keys() & {'weights', 'optimizer'}
-        for part in ['ema'] if drawing_only else ['weights', 'optimizer', 'ema']:
+        with zipfile.ZipFile(path) as archive:  # torch.load checks no CRC
+            if part := archive.testzip():
+                raise ValueError(f'{part} in it is damaged')
+        saved = torch.load(path, map_location='cpu', weights_only=True)
+        needed = ['ema', 'weights', 'optimizer'] if to_train else ['ema']
+        for part in needed:
             if not isinstance(saved.get(part), dict):
                 raise ValueError(f'no entry {part}')
-        if drawing_only:
-            saved['ema'] = {name: value.float() for name, value in saved['ema'].items()}
-        check_tensors(saved)
-        prefixes = {'weights': '', 'ema': 'module.'}  # of the names that model and average load
-        for part in prefixes.keys() & saved.keys():
-            entries = {name.removeprefix('module.'): value for name, value in saved[part].items()}
-            saved[part] = {prefixes[part] + name: value for name, value in entries.items()}
+        saved = {'losses': torch.zeros(0, dtype=torch.float32), 'scaler': {}, **saved}
+        saved['unet'] = {**UNET_DEFAULTS, **saved.get('unet', {})}
+        saved['config'] = {**saved.get('config', {})}
+        with torch.device('meta'):  # shapes only
+            model = UNET(**saved['unet'])
+        for part in needed[:2]:
+            # the names that DistributedDataParallel, torch.compile and ModelEmaV3 put before
+            tensors = {
+                re.sub(r'^((module|_orig_mod)\.)*', '', name): tensor.float()
+                for name, tensor in saved[part].items()
+            }
+            model.load_state_dict(tensors, assign=True)  # raises where names or shapes differ
+            if not all_finite(tensors):
+                raise ValueError(f'{part} is not finite')
+            saved[part] = tensors
+        saved['ema'] = {f'module.{name}': tensor for name, tensor in saved['ema'].items()}
+        if to_train:
+            check_optimizer(saved, [*model.parameters()])
     except FileNotFoundError:
         raise UserError(f'there is no checkpoint {path}: train first') from None
     except Exception as error:  # whatever a damaged or hostile file sets off
-        why = reason(error, -1)
-        if isinstance(error, pickle.UnpicklingError):
-            why = 'it is none, or holds more than tensors and plain values'
+        why = f'{path} is not a usable checkpoint: {one_line(error)}'
         advice = 'It stays as it is: to start afresh, move it away or change checkpoint_path'
-        raise UserError(f'{path} is not a usable checkpoint: {why}. {advice}') from None
-    if to_train and drawing_only:
-        raise UserError(f'{path} is only to be drawn from: to train, change checkpoint_path')
+        raise UserError(f'{why}. {advice}') from None
     return saved
 
 
-def check_tensors(saved):
-    """Raises ValueError unless a checkpoint's tensors are finite and those of its UNET."""
-    with torch.device('meta'):  # shapes only
-        model = UNET(**saved['unet'])
-    names = list(model.state_dict())
-    parts = {part: saved[part] for part in ('weights', 'ema') if part in saved}
-    moments = saved['optimizer'].get('state') if 'optimizer' in saved else {}
-    if moments is None or moments and list(moments) != list(range(len(names))):
+def check_optimizer(saved, parameters):
+    """Raises ValueError unless a checkpoint can be trained on: Adam's state must be that of its
+    UNET's parameters, and the losses and the gradient scaler's scale must be numbers."""
+    moments = saved['optimizer'].get('state') or {}
+    if moments and list(moments) != list(range(len(parameters))):
         raise ValueError('its optimizer is not that of its UNET')
-    for state in moments.values():  # once the step was an int
-        state['step'] = torch.as_tensor(state['step'], dtype=torch.float32)
-    for kind in ('exp_avg', 'exp_avg_sq') if moments else ():
-        parts[kind] = {name: moments[i][kind] for i, name in enumerate(names)}
-    if saved['losses'].ndim != 1 or saved['losses'].dtype != torch.float32:
-        raise ValueError('its losses are not float32 numbers in a row')
-    for part, tensors in parts.items():
-        tensors = {name.removeprefix('module.'): value for name, value in tensors.items()}
-        model.load_state_dict(tensors, assign=True)  # raises where names or shapes differ
-        for name, tensor in tensors.items():
-            if tensor.dtype != torch.float32 or not tensor.isfinite().all():
-                raise ValueError(f'{part} {name} is not finite float32')
+    steps = [0]
+    for state, parameter in zip(moments.values(), parameters):
+        state['step'] = torch.as_tensor(state['step'], dtype=torch.float32)  # once it was an int
+        steps.append(int(state['step'].item()))  # raises for nan, and for more than one number
+        for name in ('exp_avg', 'exp_avg_sq'):
+            if state[name].shape != parameter.shape or not state[name].isfinite().all():
+                raise ValueError(f'{name} of its optimizer is not finite, or of another shape')
+    losses, scale = saved['losses'], saved['scaler'].get('scale', 1.0)
+    if losses.ndim != 1 or losses.dtype != torch.float32 or not 0 < scale < math.inf:
+        raise ValueError('its losses or its scale are no float32 numbers')
+    # of the article's code, which recorded no losses
+    saved.setdefault('steps_before', max(0, max(steps) - len(losses)))
 
 
 # ---- Pictures: each run has a folder of its own, and what it holds is printed -------------------
 
 
-def is_ink(config):
-    """Whether images are strokes that look best dark on light: MNIST's digits."""
-    return config.get('dataset', 'MNIST') == 'MNIST'
+def writable(folder):
+    """The folder, made if need be. Raises OSError if no file can be written there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder):
+        return folder
 
 
 @contextmanager
-def picture_or_line(what):
-    """Where a picture cannot be written, the run goes on without it."""
+def pictures_or_a_line():
+    """Where a picture cannot be written, training goes on without it."""
     try:
         yield
     except OSError as error:
-        tqdm.write(f'cannot write {what} ({error}); going on without', file=sys.stderr)
+        tqdm.write(f'cannot write a picture ({one_line(error)}); going on', file=sys.stderr)
 
 
-def images_at_once(device, size):
-    """How many images of size x size are drawn at a time."""
-    return max(1, IMAGES_AT_ONCE[device.type] * 32**2 // size**2)
-
-
-def times_to_show(times, T):
-    """Of the steps of a reverse process those of the article's strip, and those of a film, which
-    begins with the noise, t = T."""
-    strip = [min(times, key=lambda t: abs(t - s * T / 1000)) for s in STRIP_TIMES] + times[-1:]
-    return strip, {T, *strip, *times[:: -(-len(times) // 50)]}  # 50 or so
+def sample_batch(device, size):
+    """How many images of size x size are sampled at a time."""
+    return max(1, SAMPLE_BATCH[device.type] * 32**2 // size**2)
 
 
 def grid(x, columns=8):
@@ -1249,77 +1334,75 @@ def grid(x, columns=8):
     return to_pil_image(make_grid(to_uint8(x).cpu(), columns, pad_value=255)[: x.shape[1]])
 
 
-def save_grid(x, path, columns=8):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    grid(x, columns).save(path)
-
-
-def draw_progress(model, scheduler, run):
-    """After every sample_every epochs a grid of samples, always from the same noise; none when the
-    run is asked to stop."""
-    epoch, step = divmod(run.done, run.steps)
-    every = run.config['sample_every']
-    if run.rank or step or not epoch or not every or epoch % every:
-        return
-    device, steps = scheduler.beta.device, min(FEW_STEPS, len(scheduler.beta))
-    torch.manual_seed(0)  # each step of the training seeds anew
-    count = min(64, images_at_once(device, run.image_shape[-1]))
-    noise = torch.randn(count, *run.image_shape, device=device)
-    process = reverse_process(model, noise, scheduler, steps)
-    for _, x in tqdm(process, 'Drawing the progress', steps, bar_format=STEPS_BAR, leave=False):
-        if run.signals:
-            return
-    path = OUTPUTS / run.path.name / f'progress/epoch_{epoch:03d}.png'
-    with picture_or_line(path):
-        save_grid(1 - x if is_ink(run.config) else x, path)
-
-
-def save_one_by_one(x, folder, first):
-    """(B, C, H, W) -> files of 8 bits, as tools that measure FID take them."""
-    folder.mkdir(parents=True, exist_ok=True)
+def save_images(x, folder, first):
+    """(B, C, H, W) -> 8-bit PNG files, numbered from `first`, as FID tools take them."""
     for i, image in enumerate(to_uint8(x).cpu(), first):
         to_pil_image(image).save(folder / f'{i:06d}.png')
 
 
-def draw_reverse_process(frames, strip, folder, dark_on_light):
-    """frames: {t: (B, C, H, W)} from noise to images; strip: the times to show side by side."""
-    if dark_on_light:
-        frames = {t: 1 - x for t, x in frames.items()}
-    last = frames[strip[-1]]
-    save_grid(last[:10], folder / 'digits.png', columns=5)
-    save_grid(last, folder / 'grid.png')
-    # noise in more greys or colours would be megabytes; 60 ms a frame, the images stay
-    film = [grid(x[:32]).quantize(16 if x.shape[1] == 1 else 64) for x in frames.values()]
-    times = [60] * (len(film) - 1) + [2500]
-    options = dict(save_all=True, append_images=film[1:], duration=times, loop=0)
-    film[0].save(folder / 'reverse.gif', **options)
+def times_to_show(times, T):
+    """Of the timesteps of a reverse process those of the strip and those of the animation. For T =
+    1000 the strip's are the article's. Others are even steps of sqrt(alpha-bar), what is left of
+    the image, so that one sees it come; an animation in steps of t is mostly noise."""
+    left = DDPM_Scheduler(T).alpha.sqrt().tolist()
+
+    def nearest(wanted, of):
+        return list(dict.fromkeys(min(times, key=lambda t: abs(of(t) - w)) for w in wanted))
+
+    def even(count):
+        return nearest(np.linspace(left[times[0]], left[times[-1]], count), left.__getitem__)
+
+    strip = nearest(STRIP_TIMES, lambda t: t) if T == 1000 else even(10)
+    return list(dict.fromkeys([*strip, times[-1]])), even(40)
+
+
+def draw_reverse_process(frames, strip, folder):
+    """frames: {t: (B, C, H, W)} from noise, t = T, to images; strip: the timesteps to show side by
+    side, the last of which is shown as x_0."""
+    T, last = max(frames), frames[strip[-1]]
+    replaced = ', in place of earlier ones' if (folder / 'grid.png').exists() else ''
+    grid(last).save(folder / 'grid.png')
+    animation = []
+    for t, x in frames.items():
+        picture = grid(x[:32])
+        framed = Image.new(picture.mode, (picture.width, picture.height + 16), 'white')
+        framed.paste(picture, (0, 16))
+        text = f't = {t}' if t > strip[-1] else 'x_0'
+        ImageDraw.Draw(framed).text((3, 2), text if t < T else f't = {T}, noise', 'black')
+        animation.append(framed.quantize(32 if x.shape[1] == 1 else 64))  # noise compresses badly
+    durations = [80] * (len(animation) - 1) + [2500]
+    how = dict(save_all=True, append_images=animation[1:], duration=durations, loop=0)
+    animation[0].save(folder / 'reverse.gif', **how)
 
     rows = min(10, len(last))
-    figure, axes = plt.subplots(rows, len(strip), figsize=(len(strip), rows + 0.3), squeeze=False)
-    figure.subplots_adjust(0, 0, 1, 1 - 0.3 / rows, wspace=0.05, hspace=0.05)
+    size = 0.6 * len(strip), 0.6 * rows + 0.25  # inches
+    figure, axes = plt.subplots(rows, len(strip), figsize=size, squeeze=False)
+    figure.subplots_adjust(0, 0, 1, 1 - 0.25 / size[1], wspace=0.05, hspace=0.05)
     for i, row in enumerate(axes):
         display_reverse([frames[t][i] for t in strip], row)
     for ax, t in zip(axes[0], strip):
-        ax.set_title(f't = {t}' if ax is not axes[0][-1] else '$x_0$', fontsize=9)
+        ax.set_title(f't = {t}' if t != strip[-1] else '$x_0$', fontsize=8, pad=3)
     figure.savefig(folder / 'reverse.png', dpi=100)
-    print(f'Drawn, in {folder}/: reverse.png, digits.png, grid.png, reverse.gif', flush=True)
-    with warnings.catch_warnings():
-        warnings.simplefilter('ignore')  # where there is no screen
+    print(f'Saved in {folder}/{replaced}: grid.png, reverse.png, reverse.gif', flush=True)
+    if plt.get_backend().lower() != 'agg':  # a screen, or a notebook
+        ax = plt.figure(figsize=(5, 5)).add_axes((0, 0, 1, 1), xticks=[], yticks=[])
+        ax.imshow(grid(last), cmap='gray')
         plt.show()
+        plt.close(ax.figure)
     plt.close(figure)
 
 
-def draw_losses(losses, steps, folder):
-    """losses: one a step of the run -> the curve of their means over a 50th of an epoch."""
-    window = max(1, steps // 50)
-    means = losses[: len(losses) // window * window].reshape(-1, window).mean(1).cpu()
-    figure, ax = plt.subplots(figsize=(6, 3.5), layout='tight')
-    ax.plot(torch.arange(1, len(means) + 1) * window / steps, means, color='black', linewidth=1)
+def draw_losses(losses, steps_per_epoch, folder):
+    """losses, one a step -> loss.png, the curve of their means over a 50th of an epoch."""
+    window = max(1, steps_per_epoch // 50)
+    means = losses[: len(losses) // window * window].reshape(-1, window).mean(1)
+    figure = Figure(figsize=(6, 3.5), layout='tight')
+    ax = figure.subplots()
+    epochs = torch.arange(1, len(means) + 1) * window / steps_per_epoch
+    ax.plot(epochs, means, color='black', linewidth=1)
     ax.set(xlabel='epoch', ylabel='mean square error of the noise', yscale='log')
     ax.grid(alpha=0.3)
-    folder.mkdir(parents=True, exist_ok=True)
-    figure.savefig(folder / 'loss.png', dpi=100)
-    plt.close(figure)
+    figure.savefig(writable(folder) / 'loss.png', dpi=100)
 
 
 if __name__ == '__main__':

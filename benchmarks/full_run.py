@@ -1,25 +1,24 @@
-"""The measured full run: everything that a machine with a GPU has to tell, by one command.
+"""The measured full run: everything that only a machine with a GPU can measure, by one command.
 
     python benchmarks/full_run.py FOLDER [--minutes 9.5] [--after results.json] [--weights 0 1 2]
     python benchmarks/full_run.py --export CHECKPOINT FILE
 
-Does one part after the other, what matters most first: the whole run of FULL, the ten digits, their
-quality in 50 and in 1000 steps, the queries and keys of the trained weights; then two epochs
-(start-up, seconds an epoch, memory), where a step's time goes, speed beside others, how large
-attention's queries and keys grow in training, and each of the CHOICES not yet made. Each part is
-written to outputs/full_run/ as it finishes, and FOLDER is brought up to date after each:
-results.json with the figures of all parts, pictures.zip with what `ddpm.py` drew. A part whose
-packages are not installed is skipped, with a line that says so; another failure is noted in
-results.json.
+Does one part after the other, the most important first: the whole run of FULL, the ten digits,
+their quality in 50 and in 1000 steps, the queries and keys of the trained weights; then two epochs
+(start-up, seconds an epoch, memory), a profile of the training step, speed beside other libraries,
+how large attention's queries and keys grow in training, and each of the CHOICES not yet made. The
+result of each part is kept in outputs/full_run/. After each part FOLDER is updated: results.json
+has the figures of all parts, pictures.zip the pictures of `ddpm.py`. A part whose packages are not
+installed is skipped with a line that says so; any other failure is noted in results.json.
 
-When --minutes are over it stops, the training as Ctrl-C would, and begins no part that is LONG when
-little is left. Called again on the same machine it goes on where it stopped, also in the middle of
-training. On another one, where the checkpoint is not, --after takes the results.json of before and
-does only what is not in there: what needs the checkpoint fails.
+After --minutes the training is saved and stopped, and no further part is begun. A part that is LONG
+is not begun when too little time is left. Run again on the same machine it resumes, also in
+the middle of training. On another machine, which has no checkpoint, --after takes the results.json
+of the first one, and only the parts missing from it are done; those that need the checkpoint fail.
 
---export writes what is needed to draw, the EMA weights in half precision, to a file that
-`ddpm.py --sample FILE` takes. --weights cuts that file into pieces of 15 MB and brings back those
-with the given numbers; manifest.json names all, in order, with their SHA-256.
+--export writes what is needed for sampling, the EMA weights in half precision, to a file that
+`ddpm.py --sample FILE` takes. --weights splits that file into pieces of 15 MB and puts those with
+the given numbers into FOLDER; manifest.json lists all pieces, in order, with their SHA-256.
 """
 
 import argparse
@@ -51,17 +50,17 @@ import speed  # noqa: E402
 import ddpm  # noqa: E402
 
 PARTS = Path('outputs/full_run')
-COMPILED = mock.patch.object(ddpm, 'LONG_RUN', 0)  # as the whole run is, however short
-PLAIN = mock.patch.object(ddpm, 'LONG_RUN', float('inf'))  # so that modules can be looked into
+COMPILED = mock.patch.object(ddpm, 'COMPILE_FROM', 0)  # as the whole run is
+EAGER = mock.patch.object(ddpm, 'COMPILE_FROM', float('inf'))  # hooks see the layers
 BACKEND = 'inductor'  # of torch.compile
 SPEED = ['--rounds', '3', '--steps', '100', '--seconds', '0']  # arguments of speed.py
-LONG = {  # minutes, at a guess
+LONG = {  # minutes, estimated
     'part-04-quality-1000': 6,
     'part-08-speed': 6,
     'part-16-training, max-autotune': 4,
 }
 LARGEST = 15_000_000  # bytes of a file with weights
-KINDS = {  # of what the device runs, by parts of the names of its kernels; the first that fits
+KINDS = {  # of kernels, by parts of their names; the first match counts
     'fused by the compiler: norms, activations, casts': ('triton_poi', 'triton_red', 'triton_per'),
     'attention': ('flash', 'fmha', 'attention', 'softmax'),
     'convolutions and matrix products': (
@@ -75,22 +74,22 @@ KINDS = {  # of what the device runs, by parts of the names of its kernels; the 
 
 
 def train_and_watch(epochs, watch=lambda run: None, compiled=None):
-    """ddpm.train with the numbers of FULL, for some epochs, on a checkpoint of its own. Returns the
-    time at which each step was asked for, the first entry being that of the call."""
+    """ddpm.train with the settings of FULL, for some epochs, on a checkpoint of its own. Returns
+    the time of the call and the times at which the CPU was done with each step."""
     step_done, clock = ddpm.Run.step_done, [time.monotonic()]
 
     def watched(run, loss):
-        if run.done % run.steps in (0, run.steps - 1):
-            speed.now(loss.device)
+        if run.step % run.steps_per_epoch in (0, run.steps_per_epoch - 1):
+            speed.now(loss.device)  # here the device too
         clock.append(time.monotonic())  # before the last step is saved
         step_done(run, loss)
         watch(run)
 
     path = PARTS / 'checkpoint'
-    path.unlink(missing_ok=True)  # of a call that ended in the middle
-    numbers = {**ddpm.FULL, 'num_epochs': epochs, 'sample_every': 0, 'checkpoint_path': str(path)}
+    path.unlink(missing_ok=True)  # of an interrupted call
+    settings = {**ddpm.FULL, 'num_epochs': epochs, 'sample_every': 0, 'checkpoint_path': str(path)}
     with mock.patch.object(ddpm.Run, 'step_done', watched), compiled or COMPILED:
-        ddpm.train(**numbers)
+        ddpm.train(**settings)
     path.unlink()
     return clock
 
@@ -119,17 +118,17 @@ def step_profile(first=20, count=20):
     began = []
 
     def watch(run):
-        if run.done == first:
+        if run.step == first:
             speed.now(ddpm.best_device())
             profiler.start()
             began.append(time.monotonic())
-        if run.done == first + count:
+        if run.step == first + count:
             speed.now(ddpm.best_device())
             began.append(time.monotonic())
             profiler.stop()
-            run.signals.append(signal.SIGINT)  # enough seen
+            run.stop_signal = signal.SIGINT  # as Ctrl-C does
 
-    with contextlib.suppress(SystemExit):
+    with contextlib.suppress(ddpm.Stopped):
         train_and_watch(1, watch)
     (PARTS / 'checkpoint').unlink(missing_ok=True)
     table = profiler.key_averages()
@@ -161,7 +160,8 @@ def speeds():
 
 
 class LargestOfAttention:
-    """Watches the |q| and |k| of the attention layers of a UNET, without waiting for the device."""
+    """Records the largest |q| and |k| of each attention layer of a UNET, without waiting for the
+    device."""
 
     def __init__(self, model):
         self.largest = {}
@@ -181,27 +181,26 @@ class LargestOfAttention:
 
 def attention_in_training(epochs=1):
     """Of the first epochs, in eager mode."""
-    watchers, unet = [], ddpm.UNET
+    watchers, to_device = [], ddpm.to_device
 
-    def watched_unet(**arguments):
-        model = unet(**arguments)
-        if next(model.parameters()).device.type != 'meta':  # not where shapes are checked
-            watchers.append(LargestOfAttention(model))
-        return model
+    def watched(model, device):
+        watchers.append(LargestOfAttention(model))
+        return to_device(model, device)
 
-    with mock.patch.object(ddpm, 'UNET', watched_unet):
-        train_and_watch(epochs, compiled=PLAIN)
+    with mock.patch.object(ddpm, 'to_device', watched):
+        train_and_watch(epochs, compiled=EAGER)
     return {'largest of each layer': watchers[0].figures(), 'epochs': epochs}
 
 
 def attention_of_the_weights(batches=20):
     """Of the trained weights, on noised images, dropout off."""
-    saved, device = ddpm.load_checkpoint(ddpm.FULL['checkpoint_path']), ddpm.best_device()
-    images, found = ddpm.load_images(ddpm.FULL['dataset']), {}
+    path, found = ddpm.FULL['checkpoint_path'], {}
+    images = ddpm.load_images(ddpm.FULL['dataset'])
     for part in ('weights', 'ema'):
-        model = ddpm.UNET(**saved['unet']).eval()
-        model.load_state_dict({k.removeprefix('module.'): v for k, v in saved[part].items()})
-        trainer = Trainer(ddpm.to_device(model, device), images, ddpm.FULL['batch_size'])
+        model = ddpm.load_model(path)  # the EMA weights
+        if part == 'weights':
+            model.load_state_dict(ddpm.load_checkpoint(path)['weights'])
+        trainer = Trainer(model, images, ddpm.FULL['batch_size'])
         watcher = LargestOfAttention(model)
         with torch.no_grad():
             for _ in range(batches):
@@ -210,22 +209,24 @@ def attention_of_the_weights(batches=20):
     return found
 
 
-# ---- The choices not yet made: each alone, behind its name in CHOICES ---------------------------
+# ---- The choices not yet made: each is timed alone; CHOICES names them --------------------------
 
 
 class Trainer:
-    """A step of ddpm.train, in pieces that can be compiled or captured."""
+    """A step of ddpm.train, in pieces that can be compiled or captured. Only the EMA differs: its
+    decay is constant, since a CUDA graph replays the decay it was captured with. The warm-up of
+    ddpm.train changes one number a step, and no time."""
 
     def __init__(self, model, images, batch_size, capturable=False):
         self.model, self.batch_size = model, batch_size
         self.device = next(model.parameters()).device
         self.images = images.to(self.device)
         self.scheduler = ddpm.DDPM_Scheduler(model.time_steps).to(self.device)
-        numbers = dict(lr=ddpm.FULL['lr'], fused=True, capturable=capturable)
-        self.optimizer = torch.optim.Adam(model.parameters(), **numbers)
+        options = dict(lr=ddpm.FULL['lr'], fused=True, capturable=capturable)
+        self.optimizer = torch.optim.Adam(model.parameters(), **options)
         ema = ddpm.ModelEmaV3(model, decay=ddpm.FULL['ema_decay'])
         # as lists, since ModelEmaV3.update does not compile
-        self.weights, self.averages = ([*m.parameters()] for m in (model, ema.module))
+        self.weights, self.ema_weights = ([*m.parameters()] for m in (model, ema.module))
 
     def loss(self):
         """Gather, noise and the forward pass."""
@@ -237,7 +238,7 @@ class Trainer:
     def update(self):
         self.optimizer.step()
         with torch.no_grad():
-            torch._foreach_lerp_(self.averages, self.weights, 1 - ddpm.FULL['ema_decay'])
+            torch._foreach_lerp_(self.ema_weights, self.weights, 1 - ddpm.FULL['ema_decay'])
 
     def step(self):
         self.optimizer.zero_grad()
@@ -252,7 +253,7 @@ def compiled(function, **options):
 
 
 def captured(function, device):
-    """The same as one CUDA graph; on a CPU as it is."""
+    """The function as one CUDA graph; on a CPU the function itself."""
     if device.type != 'cuda':
         return function
     stream = torch.cuda.Stream()
@@ -273,7 +274,7 @@ def captured(function, device):
 
 
 def step_of(model, images, batch_size, pieces='', capture=False, **options):
-    """A training step: of the model, loss and update, those named in pieces are compiled."""
+    """A training step. pieces names those of model, loss and update that are compiled."""
     trainer = Trainer(model, images, batch_size, capturable=capture and images.is_cuda)
     if 'model' in pieces:
         model.compile(backend=BACKEND, **options)
@@ -290,7 +291,7 @@ def step_of(model, images, batch_size, pieces='', capture=False, **options):
 
 
 class Sampler:
-    """Algorithm 2 for ten digits, a step at a time, in place: what a CUDA graph can hold."""
+    """Algorithm 2 for ten digits, a step at a time and in place, as a CUDA graph needs it."""
 
     def __init__(self, model, images, count=10):
         self.model, device = model.eval(), images.device
@@ -304,7 +305,7 @@ class Sampler:
             eps = self.model(self.x, self.t).float()
         x = (self.x - beta / (1 - abar).sqrt() * eps) / (1 - beta).sqrt()
         self.x.copy_(torch.where(self.t > 0, x + beta.sqrt() * torch.randn_like(x), x))
-        self.t.sub_(1).remainder_(self.model.time_steps)  # after the last step the first again
+        self.t.sub_(1).remainder_(self.model.time_steps)  # from 0 back to T - 1
         return self.x
 
 
@@ -324,7 +325,7 @@ def sampling_of(model, images, batch_size, pieces='', capture=False, **options):
     return stepped
 
 
-CHOICES = {  # what fails in a CUDA graph may spoil what comes after it: the graphs are last
+CHOICES = {  # a CUDA graph that fails may spoil what comes after it: the graphs are last
     'training: plain': step_of,
     'training: as in ddpm.py': partial(step_of, pieces='model'),
     'ten digits: as in ddpm.py': sampling_of,
@@ -358,26 +359,27 @@ def timed(choice, unet, images, count):
 
 
 def tried(name, count=200):
-    """A choice for itself; one that fails has decided itself."""
+    """The figures of one choice; a failure is a result too."""
     device = ddpm.best_device()
     images = ddpm.load_images(ddpm.FULL['dataset']).to(device)
-    unet = ddpm.unet_arguments(ddpm.FULL['unet'], images.shape[1], ddpm.FULL['num_time_steps'])
-    ddpm.choose_kernels(device, repeatable=False)
-    dtype = ddpm.half_precision(device)  # asking would break a compiled graph
+    unet = dict.fromkeys(('input_channels', 'output_channels'), images.shape[1])
+    unet |= {'time_steps': ddpm.FULL['num_time_steps'], **ddpm.FULL['unet']}
+    dtype = ddpm.half_precision(device)  # calling it would break a compiled graph
+    fixed = mock.patch.object(ddpm, 'half_precision', lambda device: dtype)
     try:
-        with mock.patch.object(ddpm, 'half_precision', lambda device: dtype):
+        with fixed, ddpm.kernels(device, deterministic=False):
             found = timed(CHOICES[name], unet, images, count)
     except Exception as error:
-        found = {'failed': f'{type(error).__name__}: {ddpm.reason(error)}'}
+        found = {'failed': f'{type(error).__name__}: {ddpm.one_line(error)}'}
     print(name, found, flush=True)
     return found
 
 
-# ---- The whole run, and what comes of it --------------------------------------------------------
+# ---- The whole run, its digits and its weights --------------------------------------------------
 
 
 def whole_run(deadline):
-    """`python ddpm.py --full`, which resumes and, at the deadline, is stopped as by Ctrl-C."""
+    """`python ddpm.py --full`, which resumes; SIGTERM saves and stops it at the deadline."""
     so_far = PARTS / 'seconds.json'
     seconds = json.loads(so_far.read_text()) if so_far.exists() else []
     start = time.monotonic()
@@ -388,11 +390,11 @@ def whole_run(deadline):
         code = process.wait(max(1, deadline - time.monotonic()))
         stopped = False
     except subprocess.TimeoutExpired:
-        process.send_signal(signal.SIGINT)
+        process.terminate()  # SIGINT may be ignored, as in a shell's background job
         code, stopped = process.wait(), True
     so_far.write_text(json.dumps([*seconds, time.monotonic() - start]))
     if code and stopped:
-        raise TimeoutError('the run was stopped, and is saved')
+        raise TimeoutError('the run was stopped')
     if code:
         raise RuntimeError(f'ddpm.py ended with {code}')
     saved = ddpm.load_checkpoint(ddpm.FULL['checkpoint_path'])
@@ -405,11 +407,12 @@ def whole_run(deadline):
 
 
 def ten_digits():
-    """The article's inference, twice: the first time warms up."""
+    """The article's inference, twice: the first time is the warm-up."""
     path, seconds = ddpm.FULL['checkpoint_path'], []
     for _ in range(2):
         start = time.monotonic()
-        ddpm.inference(path, num_images=10, folder=PARTS / 'ten_digits')
+        with mock.patch.object(ddpm, 'OUTPUTS', PARTS / 'ten_digits'):  # keeps the run's pictures
+            ddpm.inference(path, num_images=10)
         seconds.append(time.monotonic() - start)
     return {'seconds of inference() with all its pictures, first and second time': seconds}
 
@@ -425,13 +428,13 @@ def quality_in(steps, samples):
         try:
             quality.main()
         except SystemExit:
-            if not result.exists():  # else it is of the controls, and in there
+            if not result.exists():  # otherwise it is about the controls, and the result says so
                 raise
     return json.loads(result.read_text())
 
 
 def export(checkpoint, file):
-    """Writes the EMA weights in half precision, with what is needed to draw from them."""
+    """Writes the EMA weights in half precision, with what is needed to sample from them."""
     saved = ddpm.load_checkpoint(checkpoint)
     ema = {name: value.half() for name, value in saved['ema'].items()}
     torch.save({'unet': saved['unet'], 'ema': ema, 'config': saved['config']}, file)
@@ -439,7 +442,7 @@ def export(checkpoint, file):
 
 
 def weights(folder, wanted):
-    """Writes those of the pieces of the exported weights that are wanted, and a manifest of all."""
+    """Writes the wanted pieces of the exported weights, and a manifest of all pieces."""
     whole, manifest = PARTS / 'weights', {}
     export(ddpm.FULL['checkpoint_path'], whole)
     content = whole.read_bytes()
@@ -452,7 +455,7 @@ def weights(folder, wanted):
 
 
 def fresh_start():
-    """No part finds what an earlier one has compiled, for any size by then, or has in memory."""
+    """Each part starts without the compiled code and the memory of the parts before it."""
     torch.compiler.reset()
     gc.collect()
     if torch.cuda.is_available():
@@ -460,8 +463,8 @@ def fresh_start():
         torch.cuda.reset_peak_memory_stats()
 
 
-def bring_up_to_date(folder, about):
-    """results.json and pictures.zip of what is done so far."""
+def update(folder, about):
+    """Writes results.json and pictures.zip of the parts done so far."""
     parts = {path.stem: json.loads(path.read_text()) for path in sorted(PARTS.glob('part-*.json'))}
     (folder / 'results.json').write_text(json.dumps(about | parts, indent=1) + '\n')
     with zipfile.ZipFile(folder / 'pictures.zip', 'w') as archive:
@@ -472,13 +475,13 @@ def bring_up_to_date(folder, about):
 
 def main(arguments=None):
     parser = argparse.ArgumentParser(description='Measures the full run of ddpm.py.')
-    parser.add_argument('folder', type=Path, nargs='?', help='for what it brings back')
-    what = 'only write the weights to draw from'
+    parser.add_argument('folder', type=Path, nargs='?', help='for the results')
+    what = 'only write the weights to sample from'
     parser.add_argument('--export', nargs=2, metavar=('CHECKPOINT', 'FILE'), help=what)
-    parser.add_argument('--minutes', type=float, default=9.5, help='when to begin nothing more')
-    parser.add_argument('--samples', type=int, default=10_000, help='for the quality')
-    parser.add_argument('--after', type=Path, metavar='RESULTS', help='keep the figures in there')
-    what = 'bring back these pieces of the weights too'
+    parser.add_argument('--minutes', type=float, default=9.5, help='after which no part is begun')
+    parser.add_argument('--samples', type=int, default=10_000, help='whose quality is measured')
+    parser.add_argument('--after', type=Path, metavar='RESULTS', help='do what is missing there')
+    what = 'write these pieces of the weights too'
     parser.add_argument('--weights', type=int, nargs='+', default=[], help=what)
     args = parser.parse_args(arguments)
     if args.export:
@@ -498,7 +501,7 @@ def main(arguments=None):
     parts = {
         'part-01-whole-run': lambda: whole_run(deadline),
         'part-02-ten-digits': ten_digits,
-        'part-03-quality-50': lambda: quality_in(ddpm.FEW_STEPS, args.samples),
+        'part-03-quality-50': lambda: quality_in(50, args.samples),
         'part-04-quality-1000': lambda: quality_in(ddpm.FULL['num_time_steps'], args.samples),
         'part-05-attention-trained': attention_of_the_weights,
         'part-06-two-epochs': two_epochs,
@@ -521,7 +524,7 @@ def main(arguments=None):
             continue
         start = time.monotonic()
         if begun and start + 60 * LONG.get(name, 0) > deadline:
-            print(f'{name}: too little time is left; call again to go on')
+            print(f'{name}: too little time is left; run again to resume')
             break
         fresh_start()
         try:
@@ -530,21 +533,21 @@ def main(arguments=None):
             print(f'{name}: skipped, {error.name} is not installed')
             continue
         except TimeoutError as error:
-            print(f'{name}: {error}; call again to go on')
+            print(f'{name}: {error}; run again to resume')
             break
-        except (Exception, SystemExit) as error:  # the parts after it may still do
+        except (Exception, SystemExit) as error:  # later parts may still work
             traceback.print_exc()
             about.setdefault('failed', {})[name] = f'{type(error).__name__}: {error}'
             begun = True
             continue
         finally:
-            bring_up_to_date(args.folder, about)
+            update(args.folder, about)
         begun = True
         temporary = path.with_suffix('.tmp')
         figures |= {'seconds': time.monotonic() - start, 'measured on': about['machine']}
         temporary.write_text(json.dumps(figures) + '\n')
         os.replace(temporary, path)
-        bring_up_to_date(args.folder, about)
+        update(args.folder, about)
         print(f'{name}: {time.monotonic() - start:.0f} s', flush=True)
     trained = (PARTS / 'part-01-whole-run.json').exists()
     if args.weights and trained and Path(ddpm.FULL['checkpoint_path']).exists():

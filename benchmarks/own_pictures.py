@@ -2,9 +2,9 @@
 
     python benchmarks/own_pictures.py [FOLDER]
 
-Draws the faces into the folder, trains on them (14 minutes of one core) and draws new faces into
-outputs/own_pictures/. Stopped, it goes on where it was when run again. Pictures of your own need
-only the last two lines of main().
+Draws the faces into the folder, trains on them (14 minutes of one core) and samples new faces into
+outputs/own_pictures/. Run again after a stop, it resumes. Your own pictures need only the last two
+lines of main().
 """
 
 import os
@@ -19,10 +19,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import ddpm  # noqa: E402
 
 COUNT, SIZE = 5000, 64
-# not outputs/own_pictures itself: a folder that is trained on must not get the pictures of the run
+# not outputs/own_pictures itself: that is where the run puts its samples
 FOLDER = ddpm.OUTPUTS / 'own_pictures/faces'
-NUMBERS = dict(  # those that were measured
+SETTINGS = dict(
     checkpoint_path='checkpoints/own_pictures',
+    num_time_steps=1000,  # with PREVIEW's 500 samples of bright pictures are too dark
     num_epochs=60,
     batch_size=12,
     lr=5e-3,
@@ -35,7 +36,7 @@ NUMBERS = dict(  # those that were measured
 def face(number):
     """A round face with two eyes on a plain ground; it smiles, or frowns, or is astonished."""
     rng = random.Random(number)
-    s = 256  # drawn larger, so that edges are smooth
+    s = 256  # drawn large and made small, so that edges are smooth
     hue = rng.randrange(360)
     ground = f'hsv({(hue + rng.randrange(120, 240)) % 360}, 60%, 35%)'
     picture = Image.new('RGB', (s, s), ground)
@@ -62,7 +63,7 @@ def face(number):
 
 
 def draw_faces(folder):
-    """Those that are not there yet; each appears under its name when it is whole."""
+    """Draws the missing ones; an interrupted one leaves no picture that could be trained on."""
     folder.mkdir(parents=True, exist_ok=True)
     for number in tqdm(range(COUNT), 'Drawing faces', ncols=79):
         path = folder / f'{number:04d}.png'
@@ -74,10 +75,10 @@ def draw_faces(folder):
 
 def main(folder=FOLDER):
     draw_faces(Path(folder))
-    ddpm.train(**{**ddpm.PREVIEW, **NUMBERS, 'dataset': folder})
-    ddpm.inference(NUMBERS['checkpoint_path'], seed=0)
+    ddpm.train(**{**ddpm.PREVIEW, **SETTINGS, 'dataset': folder})
+    ddpm.inference(SETTINGS['checkpoint_path'], seed=0)
 
 
 if __name__ == '__main__':
-    with ddpm.as_a_program():
+    with ddpm.errors_in_one_line():
         main(*sys.argv[1:2])

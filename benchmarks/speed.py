@@ -3,25 +3,26 @@
     pip install -r benchmarks/requirements.txt
     python benchmarks/speed.py
 
-Works on CUDA and on a CPU. The contestants take turns (A B C D A B C D ...), so that what else the
-machine does, and its temperature, falls on all of them alike; a ratio is formed within a round, and
-its median over the rounds is shown with the smallest and the largest. Prints tables and writes
+Works on CUDA and on a CPU. The contestants take turns (A B C D A B C D ...), so that other load and
+the machine's temperature affect all of them alike. Ratios are formed within a round; their median
+over the rounds is shown with the smallest and the largest. Prints tables and writes
 benchmarks/results/speed-DEVICE.json.
 
 * ddpm.py trains by `ddpm.train` itself, compiled as for a long run, and samples by
   `ddpm.reverse_process`.
 * The article's loop is written afresh from its description: float32, a DataLoader with 4 workers,
-  tables and time steps on the CPU, `.item()` each step; ten digits one at a time, with the state
-  copied to the device and back at each step and attention's dropout left on.
+  tables and timesteps on the CPU, `.item()` each step, an EMA without warm-up. It samples ten
+  digits one at a time, copies the state to the device and back at each step, and leaves attention's
+  dropout on.
 * diffusers: UNet2DModel with about as many weights, AdamW, EMAModel, gradients clipped to 1, as in
   its unconditional training script; DDPMScheduler, and DDIMScheduler for 50 steps.
 * denoising-diffusion-pytorch: its Unet(64) and GaussianDiffusion with what its Trainer does each
   step (Adam, gradients clipped to 1, its EMA every 10 steps); full precision is its default.
 
-Of ddpm.py's images only the size matters here, and they are noise; the others load MNIST's. FLOPs
-are counted by torch's FlopCounterMode on one image forward and backward; a multiply-add counts two.
-Each step of the reverse process costs the same, so a few steps are timed and multiplied where a
-whole process would take too long; the table says how many.
+ddpm.py is given images of noise, since only their size matters here; the others load MNIST. FLOPs
+are counted by torch's FlopCounterMode on one image, forward and backward; a multiply-add counts as
+two. Every step of the reverse process costs the same, so only a few steps are timed and the time is
+multiplied; the table says how many.
 """
 
 import argparse
@@ -69,7 +70,7 @@ RESULTS = Path(__file__).parent / 'results'
 DIGITS = 10  # of the article's inference
 WARM = 2  # steps before the clock starts
 SIZES = {  # of the models: the article's and its like, or small ones to try the benchmark itself
-    'full': {'unet': {}, 'width': 64, 'widths': (64, 128, 256, 352), 'long run': 0},
+    'full': {'unet': {}, 'width': 64, 'widths': (64, 128, 256, 352), 'compile from': 0},
     'small': {
         'unet': dict(
             Channels=[8, 16, 32, 32],
@@ -80,16 +81,16 @@ SIZES = {  # of the models: the article's and its like, or small ones to try the
         ),
         'width': 8,
         'widths': (32, 32, 32, 32),
-        'long run': 1000,
+        'compile from': 1000,
     },
 }
 
 
 class Digits(Dataset):
-    """MNIST as torchvision gives it: a PIL picture made into a tensor."""
+    """MNIST as torchvision gives it: a PIL picture of 28 x 28 made into a tensor."""
 
     def __init__(self):
-        self.images = ddpm.load_images('MNIST')
+        self.images = ddpm.load_images('MNIST')[:, :, 2:-2, 2:-2]  # without the padding
 
     def __len__(self):
         return len(self.images)
@@ -105,7 +106,7 @@ def batches(batch_size, workers=4):
 
 
 # ==============================================================================================
-# The contestants. `training` and `sampling` yield after each step; they start where they stopped.
+# The contestants. `training` and `sampling` yield after each step, and go on from there.
 # ==============================================================================================
 
 
@@ -113,7 +114,7 @@ class Ours:
     """ddpm.py as it is."""
 
     name = 'ddpm.py'
-    deterministic = True  # when it draws; train chooses for itself
+    deterministic = True  # when it samples; train chooses for itself
 
     def __init__(self, size, device):
         self.size, self.device = size, device
@@ -122,13 +123,13 @@ class Ours:
     def loss_of_one(self, x):
         return ddpm.diffusion_loss(self.model, ddpm.DDPM_Scheduler(), x, torch.tensor([5]), x)
 
-    def train(self, batch_size, steps, side=28):
+    def train(self, batch_size, steps, side=32):
         """Seconds that `steps` steps of ddpm.train take, after WARM others."""
         images = torch.randint(256, ((steps + WARM) * batch_size, 1, side, side))
         step_done, clock = ddpm.Run.step_done, []
 
         def timed(run, loss):
-            if run.done + 1 in (WARM, WARM + steps):  # before the last step is saved
+            if run.step + 1 in (WARM, WARM + steps):  # before the last step is saved
                 clock.append(now(self.device))
             step_done(run, loss)
 
@@ -138,7 +139,7 @@ class Ours:
         with (
             mock.patch.object(ddpm.Run, 'step_done', timed),
             mock.patch.object(ddpm, 'load_images', load_images),
-            mock.patch.object(ddpm, 'LONG_RUN', self.size['long run']),
+            mock.patch.object(ddpm, 'COMPILE_FROM', self.size['compile from']),
             mock.patch.object(ddpm, 'save_checkpoint'),
             mock.patch.object(ddpm, 'draw_losses'),
             tempfile.TemporaryDirectory() as folder,
@@ -175,7 +176,7 @@ class Stepwise:
 
 
 class ArticleUNET(ddpm.UNET):
-    """The article's forward: the time table is on the CPU, nothing is checked."""
+    """The article's forward: the time table is on the CPU."""
 
     def forward(self, x, t):
         embeddings = self.table[t].to(x.device)[:, :, None, None]
@@ -206,7 +207,7 @@ class Article(Stepwise):
     def training(self, batch_size):
         model = self.model.train().to(self.device)
         optimizer = torch.optim.Adam(model.parameters(), lr=2e-5)
-        ema = ModelEmaV3(model, decay=0.9999)
+        ema = ModelEmaV3(model, decay=0.9999)  # without the warm-up that ddpm.py has
         total = 0.0
         for x in batches(batch_size):
             x = F.pad(x.to(self.device), (2, 2, 2, 2))
@@ -225,11 +226,11 @@ class Article(Stepwise):
 
     @torch.no_grad()
     def sampling(self, num_steps):
-        """One step of each of ten digits, one at a time; always the process of 1000 steps."""
+        """One step of each of ten digits, one at a time; the process always has 1000 steps."""
         model = copy.deepcopy(self.model).eval().to(self.device)
         for module in model.modules():
             if isinstance(module, ddpm.Attention):
-                module.train()  # its dropout is never off
+                module.train()  # its dropout is always on
         beta, alpha = self.scheduler.beta, self.scheduler.alpha
         zs = torch.randn(DIGITS, 1, 1, 32, 32)
         for t in itertools.cycle(reversed(range(1, 1000))):
@@ -340,7 +341,7 @@ CONTESTANTS += [DenoisingDiffusion] if Unet else []
 
 
 def now(device):
-    """The time in seconds, once the device has done all that it was asked to."""
+    """The time in seconds, once the device has finished its work."""
     if device.type == 'cuda':
         torch.cuda.synchronize(device)
     return time.perf_counter()
@@ -357,7 +358,7 @@ def pace(steps, count, device, warm=1):
 
 
 def set_cudnn(contestant):
-    """As its users find it; ddpm.train leaves its own choice."""
+    """As the contestant's users have it; ddpm.train sets its own."""
     torch.backends.cudnn.deterministic = contestant.deterministic
     torch.backends.cudnn.benchmark = False
 
@@ -389,7 +390,7 @@ def matrix_rate(device):
 
 
 def peak_memory(contestant, size, device, batch_size, queue):
-    """Puts GB into the queue: of the GPU as torch counts it, else of this whole process."""
+    """Puts the peak memory in GB into the queue: the GPU's, or on a CPU this whole process's."""
     Contestant = {c.name: c for c in CONTESTANTS}[contestant]
     Contestant(SIZES[size], device).train(batch_size, 1)
     kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -414,7 +415,7 @@ def spread(values):
 
 
 def contest(size, device, batch_size, rounds, steps, sampling_steps):
-    """{name: figures} of all contestants, who take turns."""
+    """{name: figures} of all contestants, which take turns."""
     contestants = [Contestant(SIZES[size], device) for Contestant in CONTESTANTS]
     results = {}
     for c in contestants:
@@ -456,21 +457,21 @@ def contest(size, device, batch_size, rounds, steps, sampling_steps):
 
 
 def curves(size, device, batch_size, steps, seconds):
-    """Images a second of ddpm.train against batch size and against image size, as far as neither
-    memory nor `seconds` a point run out."""
+    """Images a second of ddpm.train against batch size and against image size. Points that do not
+    fit into memory, or would take longer than `seconds`, are left out."""
     ours, curve = Ours(SIZES[size], device), {'batch size': {}, 'image size': {}}
-    sweeps = [('batch size', b, b, 28) for b in (16, 32, 64, 128, 256, 512, 1024)]
+    sweeps = [('batch size', b, b, 32) for b in (16, 32, 64, 128, 256, 512, 1024)]
     sweeps += [('image size', side, batch_size, side) for side in (32, 64, 96, 128)]
     expected = {}
     for axis, value, count, side in sweeps:
-        work = count * max(side, 32) ** 2
+        work = count * side**2
         if (expected.get(axis, 0) * work) * (steps + WARM) > seconds:
             continue
-        torch.compiler.reset()  # else the later ones are compiled for any size
+        torch.compiler.reset()  # otherwise the later points get kernels for dynamic shapes
         try:
             taken = ours.train(count, steps, side)
         except torch.OutOfMemoryError as error:
-            print(f'{axis} {value}: {ddpm.reason(error)}')
+            print(f'{axis} {value}: {ddpm.one_line(error)}')
             continue
         expected[axis] = taken / steps / work
         curve[axis][value] = steps * count / taken
@@ -512,7 +513,7 @@ def report(result):
     head = ['', 'weights', 'GFLOP an image', 'images a second', 'TFLOP/s', 'of the matrix rate']
     text += table([*head, 'GB', 'ddpm.py is faster by'], rows)
     count = result['timed steps of the reverse process']
-    text += f'\nTen digits, seconds; {count} steps a turn were timed, and multiplied:\n\n'
+    text += f'\nTen digits, seconds; {count} steps a turn were timed, then multiplied:\n\n'
     head = ['', '1000 steps', 'ddpm.py is faster by', '50 steps', 'ddpm.py is faster by']
     text += table(head, times)
     for axis, points in result['curves'].items():

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import signal
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,6 +25,7 @@ if hasattr(signal, 'SIGHUP'):
 import matplotlib.pyplot as plt  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
 
 import ddpm  # noqa: E402
 
@@ -57,14 +59,15 @@ DIGITS = DIGITS.reshape(100, 1, 28, 28)  # the first hundred of MNIST
 
 
 def few_images(*_):
-    return DIGITS[:12].clone()
+    """Twelve digits as `load_images` gives them, (12, 1, 32, 32)."""
+    return F.pad(DIGITS[:12], [2] * 4)
 
 
 @pytest.fixture
 def workdir(tmp_path, monkeypatch):
     """An empty folder to run in, where the dataset 'Few' has the first 12 digits of MNIST."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(ddpm, 'FEW_STEPS', 3)
+    monkeypatch.setattr(ddpm, 'PROGRESS_STEPS', 3)
     load_images = ddpm.load_images
 
     def few_or_those(dataset, image_size=32):
@@ -79,6 +82,22 @@ def workdir(tmp_path, monkeypatch):
 def float32(monkeypatch):
     """float32 throughout, also where the processor has bfloat16."""
     monkeypatch.setattr(ddpm, 'half_precision', lambda device: None)
+
+
+@contextmanager
+def surroundings(kind):
+    """What another program may have set where it calls: a mode of torch, or a default dtype."""
+    before = torch.get_default_dtype()
+    with torch.enable_grad() if kind == 'float64' else getattr(torch, kind)():
+        if kind == 'float64':
+            torch.set_default_dtype(torch.float64)
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(before)
+
+
+SURROUNDINGS = ['enable_grad', 'no_grad', 'inference_mode', 'float64']
 
 
 def small_unet(seed=0, **changes):
@@ -136,7 +155,8 @@ def run_program(folder, edits, *flags, **environment):
 TINY_PREVIEW = (
     'from conftest import *\n'
     'ddpm.load_images = few_images\n'
-    "ddpm.PREVIEW.update(TINY); ddpm.DRAWING['num_steps'] = 4; ddpm.FEW_STEPS = 4\n"
+    "ddpm.PREVIEW.update(TINY); ddpm.AFTER_TRAINING['num_steps'] = 4\n"
+    'ddpm.PROGRESS_STEPS = 4\n'
 )
 
 

@@ -2,13 +2,17 @@
 whole at a tiny size."""
 
 import json
+import os
 import sys
+import time
+from functools import wraps
+from pathlib import Path
 from unittest import mock
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, few_images
 from PIL import Image
 from torch import nn
 
@@ -28,9 +32,9 @@ NOISE = torch.randn(4, 1, 32, 32, generator=torch.Generator().manual_seed(0))
 pytestmark = pytest.mark.usefixtures('float32')
 
 
-def unet(Class=ddpm.UNET, **changes):
+def unet(**changes):
     torch.manual_seed(0)
-    return Class(**{**ddpm.PREVIEW['unet'], 'time_steps': T, **changes}).eval()
+    return ddpm.UNET(**{**ddpm.PREVIEW['unet'], 'time_steps': T, **changes}).eval()
 
 
 class Knows(nn.Module):
@@ -171,8 +175,9 @@ def test_cosine_schedule_is_that_of_diffusers():
 
 @torch.no_grad()
 def test_without_time_and_without_skips():
-    for Class, same in ((ddpm.UNET, False), (ablations.Timeless, True)):
-        model = unet(Class)
+    for Table, same in ((ddpm.SinusoidalEmbeddings, False), (ablations.Timeless, True)):
+        with mock.patch.object(ddpm, 'SinusoidalEmbeddings', Table):
+            model = unet()
         assert torch.equal(model(NOISE, [0]), model(NOISE, [T - 1])) == same
     for Layer, kept in ((ddpm.UnetLayer, True), (ablations.Skipless, False)):
         with mock.patch.object(ddpm, 'UnetLayer', Layer):
@@ -197,11 +202,13 @@ def test_attention_with_a_norm_and_a_skip():
 
 
 def test_each_change_changes_what_it_names_and_nothing_else():
-    base = ablations.numbers_of(CHANGES[BASELINE])
+    base = ablations.settings_of(CHANGES[BASELINE])
     assert base['num_epochs'] == 2 and base['seed'] == 0 and base['unet'] == ddpm.PREVIEW['unet']
-    numbers = {k: v for k, v in base.items() if v != ddpm.PREVIEW[k]}
-    assert numbers.keys() == {'batch_size', 'lr', 'seed', 'sample_every', 'checkpoint_path'}
-    assert (base['batch_size'], base['lr']) == (8, 3e-3)
+    own = {k: v for k, v in base.items() if v != ddpm.PREVIEW[k]}
+    others = {'seed', 'sample_every', 'checkpoint_path'}
+    assert own.keys() == {'batch_size', 'lr', 'ema_decay'} | others
+    stored = json.loads(ablations.RESULT.read_text())['baseline']
+    assert all(base[name] == stored[name] for name in stored.keys() - {'save_minutes'})
     expected = {
         'another seed': {'seed': 1},
         'EMA 0.9999': {'ema_decay': 0.9999},
@@ -222,12 +229,13 @@ def test_each_change_changes_what_it_names_and_nothing_else():
     }
     flat = {**base, **base['unet'], 'unet': 0, 'checkpoint_path': 0}
     for change in LIST:
-        numbers = ablations.numbers_of(change)
-        numbers = {**numbers, **numbers['unet'], 'unet': 0, 'checkpoint_path': 0}
-        changed = {k: v for k, v in numbers.items() if v != flat[k]}
+        settings = ablations.settings_of(change)
+        settings = {**settings, **settings['unet'], 'unet': 0, 'checkpoint_path': 0}
+        changed = {k: v for k, v in settings.items() if v != flat[k]}
         assert changed == expected.get(change.weights, {}), change.name
         others = change.patches or change.noise or change.part != 'ema' or change.name == BASELINE
         assert change.name in expected or others
+    assert CHANGES['EMA 0.9999'].patches == {'ModelEmaV3': ablations.without_warmup}
     assert len({ablations.file_name(change) for change in LIST}) == len(CHANGES) == len(LIST)
 
 
@@ -236,26 +244,68 @@ def scored(fd, recognised=0.8):
     return {'scores': scores, 'minutes': 1.0}
 
 
-def test_what_lies_within_the_spread_is_called_nothing():
+def test_what_lies_within_the_spread_does_not_count():
     cases = {
-        'batch 64': (scored(16), 'same', 'Nothing'),  # 13 is 1.3 times: up to 1.69 says nothing
+        'batch 64': (
+            scored(16),
+            'same',
+            'No difference',
+        ),  # 13 is 1.3 times: up to 1.69 is the spread
         'lr constant': (scored(17.1), 'worse', 'FD / floor x 1.7.'),
         'T = 1000': (scored(5, 0.85), 'better', 'FD / floor x 0.5, recognised +5 points.'),
         'x_0 clipped': (scored(13), 'worse', 'FD / floor x 1.3.'),  # on the same weights
-        'no noise added': (scored(10.5, 0.78), 'same', 'Nothing'),
+        'no noise added': (scored(10.5, 0.78), 'same', 'No difference'),
         'DDIM 10, eta 1': (scored(10, 0.5), 'worse', 'recognised -30 points.'),
         'cosine, x_0 clipped': (scored(10), 'same', 'against "x_0 clipped"'),
-        'predicts v': ({'failed': 'the loss is nan'}, 'worse', 'Diverged: the loss is nan.'),
+        'predicts v': ({'failed': 'the loss is nan'}, 'worse', 'Failed: the loss is nan.'),
     }
     parts = {BASELINE: scored(10), 'another seed': scored(13), 'other noise': scored(10.1)}
     parts |= {name: part for name, (part, *_) in cases.items()}
     for name, (_, verdict, sentence) in cases.items():
         found = ablations.seen(CHANGES[name], parts)
         assert found[0] == verdict and sentence in found[1], (name, found)
-    assert 'Nothing is called seen else up to FD / floor x 1.7' in ablations.report(parts)
+    assert 'No difference counts otherwise up to FD / floor x 1.7' in ablations.report(parts)
 
 
-def test_the_whole_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
+def test_a_run_that_may_have_diverged_is_a_failure(tmp_path, monkeypatch):
+    """train keeps such a run beside its checkpoint, which then lacks the last steps."""
+    monkeypatch.chdir(tmp_path)
+
+    path = Path(ablations.settings_of(CHANGES[BASELINE])['checkpoint_path'])
+    suspect = Path(f'{path}.suspect')
+    path.parent.mkdir(parents=True)
+    suspect.touch()
+    monkeypatch.setattr(ddpm, 'train', lambda **_: None)
+    with pytest.raises(ddpm.UserError, match=f'^{ablations.DIVERGED}'):
+        ablations.make(CHANGES[BASELINE], 10)
+    path.touch()
+    for file, error in ((path, 'not a usable checkpoint'), (suspect, ablations.DIVERGED)):
+        later = time.time_ns() + 10**9
+        os.utime(file, ns=(later, later))  # what was saved last counts
+        with pytest.raises(ddpm.UserError, match=error):
+            ablations.make(CHANGES[BASELINE], 10)
+        os.utime(file, ns=(0, 0))
+
+
+def test_the_weights_of_the_last_step_and_their_ema(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(ddpm, 'load_images', few_images)
+    seen = []
+
+    def sample(model, *_, **__):
+        seen.append([*model.parameters()])
+        return torch.zeros(1, 1, 32, 32)
+
+    monkeypatch.setattr(ddpm, 'sample', sample)
+    for name in (BASELINE, 'without the EMA'):
+        ablations.make(CHANGES[name], 10)
+    saved = ddpm.load_checkpoint(ablations.settings_of(CHANGES[BASELINE])['checkpoint_path'])
+    for found, part in zip(seen, ('ema', 'weights')):
+        assert all(map(torch.equal, found, saved[part].values()))
+    assert not torch.equal(seen[0][0], seen[1][0])
+
+
+def test_the_whole_resumes_where_it_stopped(tmp_path, monkeypatch, capsys):
     (images, labels), (test, test_labels) = quality.load_splits()
     few = (images[:300], labels[:300]), (test[:50], test_labels[:50])
     monkeypatch.chdir(tmp_path)
@@ -270,21 +320,22 @@ def test_the_whole_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
     for change in LIST:
         monkeypatch.setattr(change, 'steps', change.steps and 2)
         for name, value in {'num_time_steps': 4, 'batch_size': 8}.items():
-            if name in change.numbers:
-                monkeypatch.setitem(change.numbers, name, value)
-    drawn, stop = [], [len(LIST) // 2]
-    real_draw, real_loss = quality.draw, ddpm.diffusion_loss
+            if name in change.settings:
+                monkeypatch.setitem(change.settings, name, value)
+    sampled, stop = [], [len(LIST) // 2]
+    real_sample, real_loss = ddpm.sample, ddpm.diffusion_loss
 
-    def draw(*arguments):
-        if len(drawn) == stop[0]:
+    @wraps(real_sample)
+    def sample(*arguments, **options):
+        if len(sampled) == stop[0]:
             raise KeyboardInterrupt
-        drawn.append(real_draw(*arguments))
-        return drawn[-1]
+        sampled.append(real_sample(*arguments, **options))
+        return sampled[-1]
 
     def loss(model, scheduler, x, *others):  # of a batch of 8 it is not finite
         return real_loss(model, scheduler, x, *others) / (len(x) != 8)
 
-    monkeypatch.setattr(quality, 'draw', draw)
+    monkeypatch.setattr(ddpm, 'sample', sample)
     monkeypatch.setattr(ddpm, 'diffusion_loss', loss)
     with pytest.raises(SystemExit, match='130'):
         ablations.main(['--samples', '10'])
@@ -293,17 +344,19 @@ def test_the_whole_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
     done = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
     stop[0] = None
     ablations.main(['--samples', '10'])
-    assert len(drawn) == len(LIST) - 1  # each once, but for the one whose training failed
+    assert len(sampled) == len(LIST) - 1  # each once, but for the one whose training failed
     assert all(path.stat().st_mtime_ns == time for path, time in done.items())
 
     changes = json.loads(ablations.RESULT.read_text())['changes']
-    assert list(changes) == list(CHANGES) and 'the loss is inf' in changes['batch 64']['failed']
+    assert list(changes) == list(CHANGES)
+    failed = changes['batch 64']['failed']
+    assert failed.startswith(ablations.DIVERGED) and ('nan' in failed or 'inf' in failed)
     found = [set(part.get('scores', ())) for part in changes.values()]
     assert found.count({*ablations.MEASURES}) == len(LIST) - 1
     table = ablations.RESULT.with_suffix('.md').read_text()
     assert table in capsys.readouterr().out and all(f'**{name}**' in table for name in CHANGES)
     figure = np.asarray(Image.open(ablations.FIGURE).convert('L'))
     line, left = int((0.25 + ablations.PITCH) * 32), int((0.25 + ablations.LABEL) * 32)
-    first = 255 - drawn[0][0, 0].numpy()  # a digit has its own pixels in the figure
+    first = 255 - ddpm.to_uint8(sampled[0])[0, 0].numpy()  # one pixel in the figure for each
     found = figure[line : line + 32, left : left + 32].astype(int)
     assert abs(found - first).max() <= 1

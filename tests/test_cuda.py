@@ -43,7 +43,7 @@ def test_the_network_is_that_of_a_cpu(tmp_path):
 @pytest.mark.parametrize('compiled', [False, True])
 def test_the_full_unet_repeats_and_resumes_bit_for_bit(tmp_path, compiled):
     """With dropout, attention and a seed."""
-    edits = f'ddpm.LONG_RUN = {0 if compiled else 1000}; ddpm.PREVIEW["unet"] = {{}}\n'
+    edits = f'ddpm.COMPILE_FROM = {0 if compiled else 1000}; ddpm.PREVIEW["unet"] = {{}}\n'
     for path, parts in (('one', [4]), ('two', [4]), ('parts', [1, 4])):
         for epochs in parts:
             numbers = f'ddpm.PREVIEW.update(num_epochs={epochs}, checkpoint_path={path!r})'
@@ -55,8 +55,8 @@ def test_the_full_unet_repeats_and_resumes_bit_for_bit(tmp_path, compiled):
 
 def test_the_shipped_weights_draw_digits(tmp_path):
     """By random numbers that are not a CPU's: 0.10 of ink and 0.86 of paper, as MNIST has."""
-    run_on_gpu(tmp_path, 'ddpm.DRAWING.update(num_images=100, num_steps=50, seed=0)', '--sample')
-    files = (tmp_path / 'outputs/sample/mnist/100_images_seed_0').glob('*.png')
+    run_on_gpu(tmp_path, 'ddpm.SAMPLE.update(num_images=100, num_steps=50, seed=0)', '--sample')
+    files = (tmp_path / 'outputs/mnist/100_images_seed_0').glob('*.png')
     digits = np.stack([np.asarray(Image.open(file)) for file in files]) / 255  # (100, 32, 32)
     assert len(digits) == 100
     assert 0.08 < digits.mean() < 0.12 and 0.8 < (digits < 0.05).mean() < 0.9

@@ -200,87 +200,115 @@ def test_dropout_only_while_training():
     assert torch.equal(attention(x), attention(x))
 
 
-def test_time_may_be_a_list_or_shared():
+@torch.no_grad()
+@pytest.mark.parametrize(
+    't', [7, [7], [7, 7, 7], torch.tensor(7), torch.tensor([7]), np.int64(7), np.array([7, 7, 7])]
+)
+def test_time_may_be_a_number_or_a_list(t):
+    """One for all images, or one for each."""
     model, x = small_unet(), torch.randn(3, 1, 32, 32)
     expected = model(x, torch.tensor([7, 7, 7]))
-    for t in ([7, 7, 7], [7], torch.tensor([7])):
-        torch.testing.assert_close(model(x, t), expected)
-    assert not torch.allclose(model(x, [8]), expected, atol=1e-5)
+    torch.testing.assert_close(model(x, t), expected)
+    assert not torch.allclose(model(x, 8), expected, atol=1e-5)
 
 
-@pytest.mark.parametrize('dtype', [torch.uint8, torch.int8, torch.int16, torch.int32])
-def test_time_may_be_of_any_whole_type(dtype):
-    """200 fits uint8 only as a number: as an index uint8 is a mask; 999 does not fit int8."""
-    model, x = small_unet(), torch.randn(2, 1, 32, 32)
-    t = {torch.uint8: [3, 200], torch.int8: [3, 127]}.get(dtype, [3, 999])
-    expected = model(x, torch.tensor(t))
-    torch.testing.assert_close(model(x, torch.tensor(t, dtype=dtype)), expected)
-    torch.testing.assert_close(model(x, np.array(t)), expected)
+def test_each_image_has_the_time_of_its_place():
+    model, x, t = small_unet(), torch.randn(3, 1, 32, 32), [3, 200, 999]
+    expected = torch.cat([model(x[i : i + 1], t[i]) for i in range(3)])
+    for dtype in (np.int32, np.int64):
+        for times in (t, np.array(t, dtype), torch.tensor(np.array(t, dtype))):
+            torch.testing.assert_close(model(x, times), expected)
 
 
-def test_numpys_numbers_and_tuples_make_the_same_unet():
-    heads, groups, steps = (np.int64(n) for n in (2, 4, 20))
-    model = small_unet(
-        Channels=np.array(SMALL['Channels']),
-        Attentions=tuple(np.array(SMALL['Attentions'])),
-        Upscales=(0, 0, 1, 1),
-        num_heads=heads,
-        num_groups=groups,
-        time_steps=steps,
-        dropout_prob=np.float32(0.5),
-    )
-    x = torch.randn(2, 1, 32, 32)
-    assert torch.equal(model(x, [19]), small_unet(time_steps=20)(x, [19]))
-    with pytest.raises(ValueError, match='outside 0 .. 19'):
-        model(x, [20])
+@pytest.mark.parametrize('time_steps', [20, 1000])
+@pytest.mark.parametrize('past', [-1, -20, 0, 1])
+def test_a_time_that_there_is_not(time_steps, past):
+    """Negative numbers do not count from the end; past: from 0, or from the number of timesteps."""
+    model, x = small_unet(time_steps=time_steps), torch.zeros(2, 1, 32, 32)
+    t = past if past < 0 else time_steps + past
+    for time in (t, [t], [0, t], torch.tensor(t), np.array([t, 0])):
+        with pytest.raises(IndexError):
+            model(x, time)
+
+
+@pytest.mark.parametrize(
+    't',
+    [
+        torch.tensor([1, 2, 3]),
+        torch.tensor([]),
+        0.5,
+        torch.tensor([0.5]),
+        True,
+        torch.tensor([False, True]),
+        torch.tensor([3, 200], dtype=torch.uint8),  # an index of this type would be a mask
+    ],
+)
+def test_a_time_of_another_type_or_number(t):
+    """One that would mean something else than it seems to is refused."""
+    with pytest.raises((RuntimeError, IndexError)):
+        small_unet()(torch.zeros(2, 1, 32, 32), t)
+
+
+@pytest.mark.parametrize('shape', [(2, 3, 32, 32), (2, 1, 30, 32)])
+def test_an_image_of_another_shape(shape):
+    with pytest.raises(RuntimeError):
+        small_unet()(torch.zeros(shape), [1])
+
+
+@pytest.mark.parametrize(
+    'changes',
+    [
+        dict(Channels=np.array(SMALL['Channels'])),
+        dict(Channels=[np.int64(8), 16, 32, 32]),
+        dict(Channels=tuple(SMALL['Channels'])),
+        dict(num_heads=np.int64(2)),
+        dict(num_groups=np.int32(4)),
+        dict(time_steps=np.int64(20)),
+        dict(dropout_prob=np.float64(0.5)),
+        dict(Upscales=[0, 0, 1, 1]),
+    ],
+)
+def test_numpys_numbers_are_refused(changes):
+    """For a checkpoint with one of them could not be read."""
+    with pytest.raises(ddpm.UserError, match=f'^{next(iter(changes))}.* is .*, but must be'):
+        ddpm.UNET(**{**SMALL, **changes})
 
 
 @pytest.mark.parametrize(
     'changes, words',
     [
-        (dict(Attentions=[True] * 3), r'32\], \[True, True, True\], .* lists of one even length'),
+        (dict(Attentions=[True] * 3), 'must be lists of one even length'),
+        (dict(Channels=[]), 'lists of one even length'),
         (dict(Channels=[8, 16, 32]), 'lists of one even length'),
         (
             dict(Channels=[8, 16, 32], Attentions=[False] * 3, Upscales=[False, True, True]),
             'lists of one even length',
         ),
-        (dict(Upscales=[False, True, False, True]), '2 times False, then 2 times True'),
-        (dict(Channels=[8, 16, 32, 48]), r'do not chain: they must be \[8, 16, 32, 32\]'),
-        (dict(Channels=[8, 16.0, 32, 32]), r'16.0, 32, 32\] do not chain: .* \[8, 16, 32, 32\]'),
+        (
+            dict(Upscales=[False, True, False, True]),
+            r'Upscales is .*, but must be \[False, False, True, True\]',
+        ),
+        (dict(Channels=[8, 16, 32, 48]), r'48\], but must be \[8, 16, 32, 32\]'),
+        (dict(Channels=[8, 16, 33, 32]), r'33, 32\], but must be \[8, 16, 32, 32\]'),
+        (dict(Channels=[8, 16.0, 32, 32]), r'16.0, 32, 32\], but must be \[8, 16, 32, 32\]'),
         (dict(Channels=[0, 0, 0, 0]), r'Channels\[0\] is 0'),
-        (dict(num_groups=5), 'num_groups 5 does not divide the 8'),
-        (dict(num_groups=0), 'num_groups is 0'),
-        (dict(num_heads=3), 'num_heads 3 does not divide the 16'),
-        (dict(dropout_prob=1.5), 'dropout_prob is 1.5'),
+        (dict(Channels=[8.0, 16, 32, 32]), r'Channels\[0\] is 8.0'),
+        (dict(num_groups=5), r'num_groups is 5, but must divide each of \[8, 16, 32, 32\]'),
+        (dict(num_groups=16), r'num_groups is 16, but must divide each'),
+        (dict(num_groups=0), 'num_groups is 0, but must be int from 1'),
+        (dict(num_heads=3), r'num_heads is 3, but must divide each of \[16\]'),
+        (dict(dropout_prob=1.5), 'dropout_prob is 1.5, but must be float from 0 to 1'),
         (dict(time_steps=0), 'time_steps is 0'),
         (dict(input_channels=0), 'input_channels is 0'),
-        (dict(output_channels=1.0), 'output_channels is 1.0'),
-        (dict(Attentions=[False, 'no', False, False]), "an entry of Attentions is 'no'"),
-        (dict(Upscales=[False, False, True, 2]), '2 times False, then 2 times True'),
+        (dict(output_channels=1.0), 'output_channels is 1.0, but must be int'),
+        (dict(num_groups=True), 'num_groups is True, but must be int'),
+        (dict(Attentions=[False, 'no', False, False]), 'Attentions is .*no.*, but must be'),
+        (dict(Upscales=[False, False, True, 2]), 'Upscales is .*2.*, but must be'),
     ],
 )
 def test_a_configuration_that_does_not_fit(changes, words):
     with pytest.raises(ValueError, match=words):
         ddpm.UNET(**{**SMALL, **changes})
-
-
-@pytest.mark.parametrize(
-    'shape, t, words',
-    [
-        ((2, 3, 32, 32), [1], r'must be \(batch, 1, height, width\)'),
-        ((1, 32, 32), [1], r'must be \(batch, 1, height, width\)'),
-        ((2, 1, 30, 32), [1], 'multiples of 4'),
-        ((2, 1, 32, 32), [1, 1000], 'outside 0 .. 999'),
-        ((2, 1, 32, 32), [-1], 'outside 0 .. 999'),
-        ((2, 1, 32, 32), torch.tensor([1, 2, 3]), '1 or 2 whole numbers'),
-        ((2, 1, 32, 32), torch.tensor([0.5]), '1 or 2 whole numbers'),
-        ((2, 1, 32, 32), torch.tensor([False, True]), '1 or 2 whole numbers'),
-        ((2, 1, 32, 32), torch.tensor([-3, 5], dtype=torch.int8), 'from -3 to 5, outside'),
-    ],
-)
-def test_an_input_that_does_not_fit(shape, t, words):
-    with pytest.raises(ValueError, match=words):
-        small_unet()(torch.zeros(shape), t)
 
 
 def test_colour_images():
@@ -291,10 +319,9 @@ def test_colour_images():
 @pytest.mark.skipif(not ddpm.half_precision(torch.device('cpu')), reason='no bfloat16 here')
 @pytest.mark.parametrize('training', [False, True])
 def test_bfloat16_is_close_to_float32(training):
-    ddpm.choose_kernels(torch.device('cpu'), repeatable=False)
     model = ddpm.UNET().to(memory_format=torch.channels_last).train(training)
     x, t = torch.randn(4, 1, 32, 32), torch.arange(0, 1000, 250)
-    with torch.no_grad():
+    with ddpm.kernels(torch.device('cpu'), deterministic=False), torch.no_grad():
         torch.manual_seed(0)  # of dropout: the same masks
         exact = model(x, t)
         torch.manual_seed(0)

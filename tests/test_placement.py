@@ -3,7 +3,7 @@ no values. Two devices in one operation are an error here, and transfers are not
 
 import ctypes
 import sys
-from functools import partial
+from functools import partial, wraps
 from pathlib import Path
 from unittest.mock import MagicMock
 
@@ -75,7 +75,8 @@ class WatchDraws(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if draws := kwargs.get('generator'):
-            device = torch.device(kwargs.get('device', 'cpu'))
+            of_x = args[0].device if args and isinstance(args[0], torch.Tensor) else 'cpu'
+            device = torch.device(kwargs.get('device', of_x))
             assert draws.place == device, f'a generator of {draws.place} for {device}'
         return func(*args, **kwargs)
 
@@ -83,6 +84,7 @@ class WatchDraws(TorchFunctionMode):
 def really(function):
     """On the CPU, with values: what is fake has none, and no fake module can be moved."""
 
+    @wraps(function, updated=())
     def call(*args, **kwargs):
         with _disable_current_modes():
             return function(*args, **kwargs)
@@ -94,7 +96,7 @@ def really(function):
 def watch(workdir, monkeypatch):
     """What ddpm.py does in a test, it does on a fake GPU, under a Watch. A backward pass would
     start threads that need the driver: all models get gradients instead."""
-    models, saved, unet, ema = [], {}, ddpm.UNET, ddpm.ModelEmaV3
+    models, saved, unet, ema, respaced = [], {}, ddpm.UNET, ddpm.ModelEmaV3, ddpm.respace
 
     def backward(loss):
         for parameter in (p for model in models for p in model.parameters()):
@@ -111,18 +113,36 @@ def watch(workdir, monkeypatch):
     def draw(frames, *_, **__):
         assert all(x.device.type == 'cpu' for x in frames.values())
 
-    def average(model, **decay):
-        return (ema if next(model.parameters()).is_cuda else really(ema))(model, **decay)
+    def average(model, *decay, **warmup):
+        make = ema if next(model.parameters()).is_cuda else really(ema)
+        return make(model, *decay, **warmup)
 
-    stubs = dict(UNET=really(lambda **k: models.append(unet(**k)) or models[-1]))
-    for name in ('DDPM_Scheduler', 'sampling_times', 'load_images'):
+    def respace(*arguments):  # takes the timesteps to the GPU, once for all steps
+        before = len(watch.transfers)
+        result = respaced(*arguments)
+        assert watch.transfers[before:] == [str(aten._to_copy.default)] * 2
+        del watch.transfers[before:]
+        return result
+
+    def tolist(x):  # moves all at once; here losses, and the largest queries
+        x.cpu()
+        return [0.1] * x.numel()
+
+    @wraps(unet, updated=())  # whose arguments are checked by its signature
+    def kept(**arguments):
+        models.append(unet(**arguments))
+        return models[-1]
+
+    stubs = dict(UNET=really(kept))
+    for name in ('DDPM_Scheduler', 'sampling_times', 'times_to_show', 'load_images'):
         stubs[name] = really(getattr(ddpm, name))
     stubs |= dict(best_device=lambda: GPU, ModelEmaV3=average, to_pil_image=picture)
-    stubs |= dict(choose_kernels=MagicMock(), draw_losses=MagicMock(), draw_reverse_process=draw)
+    stubs |= dict(respace=respace, kernels=MagicMock())
+    stubs |= dict(draw_losses=MagicMock(), draw_reverse_process=draw)
     stubs |= dict(save_checkpoint=save, load_checkpoint=lambda path, **_: saved[Path(path)])
     for name, stub in stubs.items():
         monkeypatch.setattr(ddpm, name, stub)
-    monkeypatch.setattr(ddpm.Run, 'begin_with', really(ddpm.Run.begin_with))
+    monkeypatch.setattr(ddpm.Run, '__init__', really(ddpm.Run.__init__))
     graphs = ('Stream', 'current_stream', 'stream', 'CUDAGraph', 'graph')
     for name in ('is_bf16_supported', 'synchronize', *graphs):
         monkeypatch.setattr(torch.cuda, name, MagicMock())
@@ -131,6 +151,7 @@ def watch(workdir, monkeypatch):
     monkeypatch.setattr(torch.__future__, '_overwrite_module_params_on_conversion', True)
     monkeypatch.setattr(torch, 'Generator', Draws)
     monkeypatch.setattr(torch.Tensor, 'backward', backward)
+    monkeypatch.setattr(FakeTensor, 'tolist', tolist)
     monkeypatch.setattr(FakeTensorMode, '__deepcopy__', lambda mode, _: mode, raising=False)
     if not torch.cuda.is_available() and not hasattr(torch._C, '_ensureCUDADeviceGuardSet'):
         # torch 2.7 would ask for a driver: as in later ones, the GPU gets a guard that does nothing
@@ -148,7 +169,8 @@ def watch(workdir, monkeypatch):
 @pytest.fixture
 def bar(watch, monkeypatch):
     """The bar of a run, drawn anew at every third step however quick they are. From one refresh to
-    the next nothing is read, and a refresh reads one number."""
+    the next nothing is read; a refresh, and the line of an epoch, read one number. A save reads
+    all."""
 
     class Bar(ddpm.tqdm):
         def __init__(self, *arguments, **options):
@@ -160,11 +182,23 @@ def bar(watch, monkeypatch):
             super().update(n)
             return self.n // n % 3 == 0
 
-        def set_postfix_str(self, text):
-            assert len(watch.transfers) == 1
+        def set_postfix_str(self, text, refresh):
+            assert len(watch.transfers) == 1 and not refresh
             watch.transfers.clear()
 
+        def set_description(self, text):
+            assert len(watch.transfers) <= 1
+            watch.transfers.clear()
+
+    save = ddpm.Run.save
+
+    def watched_save(run):
+        assert not watch.transfers
+        save(run)
+        watch.transfers.clear()
+
     monkeypatch.setattr(ddpm, 'tqdm', Bar)
+    monkeypatch.setattr(ddpm.Run, 'save', watched_save)
 
 
 def test_what_is_wrong_is_noticed(watch):
@@ -179,27 +213,33 @@ def test_what_is_wrong_is_noticed(watch):
                 x + torch.ones(2)
             with pytest.raises(AssertionError, match='mixes'):
                 x[torch.tensor([0])]
-            with pytest.raises(AssertionError, match='a generator of cpu'):
-                torch.randn(2, generator=torch.Generator(), device=GPU)
+            for draw in (partial(torch.randn, 2, device=GPU), torch.empty_like(x).normal_):
+                with pytest.raises(AssertionError, match='a generator of cpu'):
+                    draw(generator=torch.Generator())
 
 
 @pytest.mark.parametrize('bf16', [True, False])
 def test_training_reads_nothing_between_two_refreshes_of_the_bar(watch, bar, monkeypatch, bf16):
     """Of two epochs, the second of which resumes the first, each with its picture."""
-    grid, drawn = ddpm.save_grid, []
+    original, read = ddpm.sample, []
 
-    def save_grid(x, path):
-        assert x.device == GPU and not watch.transfers  # since the picture's own bar began
-        drawn.append(path.name)
-        grid(x, path)
+    @wraps(original)
+    def sample(*arguments, **options):
+        x = original(*arguments, **options)
+        assert x.device.type == 'cpu' and len(x) == 64
+        read.append(len(watch.transfers))  # since the bar of the samples began
+        watch.transfers.clear()
+        return x
 
-    monkeypatch.setattr(ddpm, 'save_grid', save_grid)
+    monkeypatch.setattr(ddpm, 'sample', sample)
     torch.cuda.is_bf16_supported.return_value = bf16  # else float16, with its scaler
     for epochs in (1, 2):
         ddpm.train(**{**RUN, 'num_epochs': epochs})
     saved = ddpm.load_checkpoint(RUN['checkpoint_path'])
     assert len(saved['losses']) == 8 and bool(saved['scaler']) != bf16
-    assert {*drawn} == {'epoch_001.png', 'epoch_002.png'}
+    drawn = sorted(path.name for path in Path('outputs/tiny/progress').iterdir())
+    assert drawn == ['epoch_001.00.png', 'epoch_002.00.png']
+    assert read and {*read} == {1}  # all images at once, when they are done
 
 
 @pytest.mark.parametrize('num_steps', [None, 3])
@@ -214,15 +254,15 @@ def test_the_reverse_process_stays_on_the_gpu(watch, num_steps):
 
 def test_inference(watch):
     ddpm.train(**{**RUN, 'num_epochs': 1})
-    ddpm.inference(RUN['checkpoint_path'], num_steps=3, num_images=66, folder='out')
-    assert len([*Path('out').rglob('*.png')]) == 66
+    ddpm.inference(RUN['checkpoint_path'], num_steps=3, num_images=66, seed=5)
+    assert len([*Path('outputs/tiny/66_images_seed_5').glob('*.png')]) == 66
 
 
 def test_queries_and_keys_are_watched_without_waiting(watch, bar, monkeypatch):
     monkeypatch.setattr(ddpm, 'FULL', RUN)
     full_run.PARTS.mkdir(parents=True)
     assert full_run.attention_in_training()['largest of each layer'] == {
-        'Layer2.attention_layer': {'q': 1, 'k': 1}
+        'Layer2.attention_layer': {'q': 0.1, 'k': 0.1}
     }
 
 

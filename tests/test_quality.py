@@ -3,6 +3,7 @@ compute it, and the whole protocol at a tiny size."""
 
 import gzip
 import hashlib
+import inspect
 import json
 import math
 import sys
@@ -50,24 +51,27 @@ def test_the_splits_are_those_of_torchvision(tmp_path):
         unpacked.write_bytes(gzip.decompress(path.read_bytes()))
     for train, (images, labels) in zip((True, False), quality.load_splits()):
         theirs = datasets.MNIST(tmp_path, train=train)
-        assert torch.equal(images[:, 0], theirs.data) and torch.equal(labels, theirs.targets)
+        assert torch.equal(images[:, 0, 2:-2, 2:-2], theirs.data)
+        assert images.shape[2:] == (32, 32) and images.sum() == theirs.data.sum()  # zero-padded
+        assert torch.equal(labels, theirs.targets)
         assert labels.dtype == torch.int64
 
 
 def test_real_digits_pass_through_eight_bits_unchanged(digits):
     images = digits[1][0]
-    padded = ddpm.to_uint8(ddpm.to_input(images))
-    assert torch.equal(padded[:, :, 2:-2, 2:-2], images) and padded.shape[2:] == (32, 32)
+    assert torch.equal(ddpm.to_uint8(ddpm.to_input(images)), images)
 
 
 def test_samples_are_those_of_the_sampler_and_of_the_seed(float32):
     model = small_unet(time_steps=STEPS)
-    drawn = quality.draw(model, 4, STEPS, 1, CPU)
-    torch.manual_seed(1)
-    for _, x in ddpm.reverse_process(model, torch.randn(4, 1, 32, 32), ddpm.DDPM_Scheduler(STEPS)):
+    drawn = quality.draw(model, 4, STEPS, 1)
+    draws = torch.Generator().manual_seed(1)
+    noise = torch.randn(4, 1, 32, 32, generator=draws)
+    scheduler = ddpm.DDPM_Scheduler(STEPS)
+    for _, x in ddpm.reverse_process(model, noise, scheduler, generator=draws):
         pass
     assert torch.equal(drawn, (x.clamp(0, 1) * 255).round().byte())
-    assert not torch.equal(drawn, quality.draw(model, 4, STEPS, 2, CPU))
+    assert not torch.equal(drawn, quality.draw(model, 4, STEPS, 2))
 
 
 def test_weights_and_their_average_are_told_apart():
@@ -79,6 +83,130 @@ def test_weights_and_their_average_are_told_apart():
         loaded = quality.load_model(saved, part, CPU)
         assert not loaded.training
         assert all(torch.equal(v, expected[k]) for k, v in loaded.state_dict().items())
+
+
+def test_weights_are_mixed_with_random_ones():
+    model, random = (small_unet(seed, time_steps=STEPS) for seed in (0, 7))
+    before = [weights.clone() for weights in model.parameters()]
+    for share in (0, 0.5, 1):
+        mixed = quality.mixed_with_random(model, {**SMALL, 'time_steps': STEPS}, share, 7, CPU)
+        assert not mixed.training
+        for a, b, weights in zip(before, random.parameters(), mixed.parameters()):
+            assert torch.allclose(weights, (1 - share) * a + share * b, atol=1e-6)
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters()))
+
+
+# ---- What is no digit, and what is recognised ------------------------------------------------
+
+
+def test_the_first_classifier_is_that_of_older_figures():
+    code = inspect.getsource(quality.first_network) + inspect.getsource(quality.fit)
+    assert hashlib.sha256(code.encode()).hexdigest()[:16] == '62c327394902af5c'
+
+
+def kinds_of_no_digit(images, labels, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    kinds = quality.misshapen(ddpm.to_input(images), labels, generator)
+    return kinds | quality.noises(len(images), generator)
+
+
+def test_no_digits_are_those_of_the_seed(digits):
+    images, labels = digits[0][0][:300], digits[0][1][:300]
+    first, again, other = (kinds_of_no_digit(images, labels, seed) for seed in (0, 0, 1))
+    for kind, x in first.items():
+        assert x.shape[1:] == (1, 32, 32) and torch.equal(x, again[kind])
+    for kind in ('uniform noise', 'blobs', 'strokes', 'warped', '16 tiles shuffled'):
+        assert first[kind].shape != other[kind].shape or not torch.equal(first[kind], other[kind])
+
+
+def test_noise_has_every_level():
+    noise = quality.noises(300, torch.Generator().manual_seed(0))
+    for kind, x in noise.items():
+        assert len(x) == 300
+        contrast = ddpm.to_input(ddpm.to_uint8(x)).flatten(1).std(1)
+        assert contrast.min() < 0.1 and contrast.max() > 0.25, kind
+    assert noise['salt and pepper'].unique().tolist() == [0, 1]
+
+
+def test_misshapen_digits_are_made_of_digits(digits):
+    images, labels = digits[0][0][:300], digits[0][1][:300]
+    x, kinds = ddpm.to_input(images), kinds_of_no_digit(images, labels)
+    thirds = torch.cat([x[i::3] for i in range(3)])
+    assert torch.equal(kinds['quarters swapped'][:100, :, :16], thirds[:100, :, 16:])
+    for kind, original in (('quarters swapped', thirds), ('16 tiles shuffled', x)):
+        pixels, theirs = kinds[kind].flatten(1), original.flatten(1)
+        assert torch.equal(pixels.sort(1)[0], theirs.sort(1)[0])  # the same ones, elsewhere
+        assert (pixels != theirs).any(1).all()
+    ours, theirs = (
+        image.unfold(1, 8, 8).unfold(2, 8, 8).reshape(16, 64).tolist()
+        for image in (kinds['16 tiles shuffled'][5], x[5])
+    )
+    assert sorted(ours) == sorted(theirs) and ours != theirs
+    assert torch.equal(kinds['inverted'], 1 - x)
+    assert len(kinds['warped']) == (labels != 1).sum()
+    turned = x[(labels >= 2) & (labels <= 7)]  # the others may still be read
+    assert torch.equal(kinds['turned by 90 degrees'], turned.transpose(2, 3).flip(2))
+    for kind in ('two side by side', 'two blended'):  # two of one class may look like one digit
+        assert 0.8 * 300 < len(kinds[kind]) < 300
+    assert kinds['two blended'].amax((1, 2, 3)).median() < 1 == kinds['two side by side'].max()
+    ink = kinds['strokes'].clamp(0, 1).mean((1, 2, 3))
+    assert 0.02 < ink.min() and ink.max() < 0.6
+
+
+def test_training_data_of_the_third_network(digits):
+    images, labels = digits[0][0][:640], digits[0][1][:640]
+    data, classes = quality.with_no_digits(images, labels)
+    again, _ = quality.with_no_digits(images, labels)
+    assert torch.equal(data, again) and data.dtype == torch.uint8
+    assert torch.equal(classes[:640], labels) and (classes[640:] == 10).all()
+    assert 0.9 * 640 < len(data) - 640 == len(classes) - 640 <= 640
+    assert torch.equal(data[:640:4], images[::4]) and torch.equal(data[3:640:4], images[3::4])
+    noise = ddpm.to_input(data[1:640:4]) - ddpm.to_input(images[1::4])
+    level = noise.flatten(1).std(1)  # what goes beyond black or white is cut off
+    assert 0.02 < level.median() and level.max() < quality.STILL
+    blurred = ddpm.to_input(data[2:640:4]) - ddpm.to_input(images[2::4])
+    assert blurred.abs().mean() > 0.01 and abs(blurred.mean()) < 1e-3
+
+
+def test_recognition_controls_are_of_the_right_kind(digits):
+    (images, labels), seed = digits[1], 4
+    groups = quality.recognition_controls(images, labels, 100, seed)
+    assert set(groups) | {'digits'} == set(quality.LIMITS)
+    again = quality.recognition_controls(images, labels, 100, seed)
+    kinds = {kind: x for group in groups.values() for kind, x in group.items()}
+    assert all(torch.equal(x, again[g][kind]) for g in groups for kind, x in groups[g].items())
+    assert all(x.dtype == torch.uint8 and 10 < len(x) <= 100 for x in kinds.values())
+    digit = {image.numpy().tobytes() for image in images}
+    below = {image[:, 16:].numpy().tobytes() for image in images}
+    assert all(image.numpy().tobytes() in digit for image in kinds['mirrored'].flip(3))
+    assert all(i[:, 16:].numpy().tobytes() in below for i in kinds['noise in the upper half'])
+    levels = [kinds[f'noise of {level}'] for level in (0.05, 0.1, 0.2, 0.3)]
+    off = [ddpm.to_input(x)[:, :, 0].max().item() for x in levels]  # of black: half of it is cut
+    assert off == sorted(off) and off[0] < 0.3 < 0.8 < off[3]
+
+
+def test_recognised_is_a_sure_digit():
+    odds = torch.full((4, 11), 0.001)
+    odds[:, 3] = torch.tensor([0.9, 0.9, 0.9, 0.1])
+    odds[:, 10] = torch.tensor([0.05, 0.0, 0.15, 0.9])  # no digit
+    assert quality.recognised(odds.log()) == 0.5
+    assert quality.recognised(odds[:, :10].log()) == 1  # to who knows only digits, all are one
+
+
+def test_a_third_network_tells_noise_from_digits(digits):
+    train, (test, _) = digits
+    ddpm.set_seed(0)
+    network = quality.third_network()
+    assert network(torch.zeros(2, 1, 32, 32)).shape == (2, 11)
+    quality.fit(network, *quality.with_no_digits(*train), 2, 1e-2)
+    share = {
+        kind: quality.recognised(quality.embed(network.eval(), images, CPU))
+        for group in quality.recognition_controls(*digits[1], 300, 0).values()
+        for kind, images in group.items()
+    }
+    assert quality.recognised(quality.embed(network, test, CPU)) > 0.5
+    assert max(share[kind] for kind in quality.noises(3, None)) < 0.1
+    assert share['noise of 0.05'] > 0.4 and share['inverted'] < 0.1
 
 
 # ---- Distances -------------------------------------------------------------------------------
@@ -166,11 +294,9 @@ def test_no_zeros_are_left_out_and_nothing_else(digits):
 def test_class_balance():
     real = 20 * torch.eye(10).double().repeat(100, 1)
     zeros = torch.zeros(500, 10).double()
-    confidence = torch.tensor([0.23, 0.6, 0.89, 0.91, 0.99]).repeat(100)
-    zeros[:, 0] = (9 * confidence / (1 - confidence)).log()
+    zeros[:, 0] = 1
     one_class = quality.class_balance(zeros, real)
     assert one_class['total variation'] == pytest.approx(0.9)
-    assert one_class['recognised'] == 0.4 and one_class['test recognised'] == 1
     balanced = quality.class_balance(real[:500], real)
     assert balanced['total variation'] == pytest.approx(0)
     mean, most = balanced['by chance, mean and 95%']
@@ -260,6 +386,14 @@ def sound_result():
             for space in ('CNN', 'second CNN', 'PCA-64')
         },
         'memorisation': {space: {'share below': dict(caught)} for space in ('pixels', 'CNN')},
+        'recognised': {
+            'samples': {'samples': 0.1},
+            'digits': {'test split': 0.98},
+            'changed slightly': {'noise of 0.1': 0.95},
+            'noise': {'blobs': 0.01},
+            'no digits': {'samples of 100% random weights': 0.04},
+            'open to dispute': {'mirrored': 0.5},
+        },
     }
 
 
@@ -284,6 +418,23 @@ def test_a_control_out_of_order_is_reported(space, part, name, value):
     assert all(line.startswith(f'{space}: ') for line in quality.broken(result))
 
 
+@pytest.mark.parametrize(
+    'group, kind, share',
+    [
+        ('digits', 'test split', 0.96),
+        ('changed slightly', 'noise of 0.1', 0.8),
+        ('noise', 'blobs', 0.03),
+        ('no digits', 'samples of 100% random weights', 0.06),
+        ('no digits', 'samples of 100% random weights', math.nan),
+    ],
+)
+def test_a_share_that_should_not_be_recognised_is_reported(group, kind, share):
+    result = sound_result()
+    result['recognised'][group][kind] = share
+    (line,) = quality.broken(result)
+    assert line.startswith(f'of {kind} {share:.1%} are recognised, not ')
+
+
 @pytest.mark.parametrize('name', ['copies', quality.NOISY_COPIES])
 def test_copies_that_are_not_caught_are_reported(name):
     result = sound_result()
@@ -299,13 +450,14 @@ def checkpoint(workdir, monkeypatch, digits):
     monkeypatch.setattr(quality, 'load_splits', lambda: few)
     monkeypatch.setattr(quality, 'LEAST_ACCURACY', 0.5)
     monkeypatch.setattr(quality, 'EPOCHS', 8)
+    monkeypatch.setattr(quality, 'MIXED', 20)
     unet = {**SMALL, 'Channels': [4, 8, 16, 16], 'Attentions': [False] * 4, 'num_groups': 2}
     weights = small_unet(**unet, time_steps=STEPS).state_dict()
     saved = {
         'weights': weights,
         'ema': {f'module.{k}': v for k, v in weights.items()},
         'optimizer': {'state': {}, 'param_groups': []},
-        'unet': ddpm.unet_arguments(unet, 1, STEPS),
+        'unet': {**ddpm.UNET_DEFAULTS, **unet, 'time_steps': STEPS},
         'config': {'dataset': 'MNIST'},
         'losses': torch.zeros(7),
     }
@@ -326,7 +478,7 @@ def run_main(monkeypatch, *args):
 
 def test_whole_run(checkpoint, monkeypatch, capsys):
     code, result = run_main(monkeypatch, '--samples', '100', '--steps', '4', '--seed', '3')
-    drawn = quality.draw(quality.load_model(checkpoint, 'ema', CPU), 100, 4, 3, CPU)
+    drawn = quality.draw(quality.load_model(checkpoint, 'ema', CPU), 100, 4, 3)
     expected = {'N': 100, 'steps': 4, 'seed': 3}
     expected['sha256'] = hashlib.sha256(drawn.numpy().tobytes()).hexdigest()
     assert result['samples'] == expected
@@ -342,6 +494,12 @@ def test_whole_run(checkpoint, monkeypatch, capsys):
         assert scores['samples']['coverage'] < scores['train digits']['coverage']
     assert result['classifiers']['features'] == {'CNN': 96, 'second CNN': 64, 'PCA-64': 64}
     assert sum(result['classes']['samples']) == pytest.approx(1)
+    recognised = result['recognised']
+    assert list(recognised) == ['samples', *quality.LIMITS]
+    shares = {kind: share for group in recognised.values() for kind, share in group.items()}
+    assert shares['samples'] < 0.2 < 0.3 < shares['test split']  # an untrained model's, and digits
+    assert set(result['classifiers']['accuracy']) == {'CNN', 'second CNN', 'third CNN'}
+    assert {f'samples of {share}% random weights' for share in (10, 25, 100)} < set(shares)
     for near in result['memorisation'].values():
         assert near['share below']['copies'] == 1 and near['share below']['samples'] < 0.1
     assert result['bound']['nats'] > result['bound']['histogram of each pixel']
@@ -350,6 +508,7 @@ def test_whole_run(checkpoint, monkeypatch, capsys):
         assert Path(f'outputs/tiny/quality-4-{part}.png').stat().st_size > 1000
     out = capsys.readouterr().out
     assert 'N = 100 samples in 4 steps' in out and expected['sha256'][:12] in out
+    assert all(f' | {kind} | {share:.1%} | ' in out for kind, share in shares.items())
 
     # again, with the classifiers that the first run has left: nothing differs
     monkeypatch.setattr(torch.optim, 'Adam', None)
@@ -363,7 +522,7 @@ def test_a_file_to_draw_from_is_measured_without_the_other_weights(checkpoint, m
     saved = ddpm.load_checkpoint('tiny')
     result, _ = quality.measure(saved, *quality.load_splits(), samples=100)
     assert result['samples']['steps'] == STEPS  # all, where nothing else is asked for
-    drawn = quality.draw(quality.load_model(saved, 'ema', CPU), 100, STEPS, 0, CPU)
+    drawn = quality.draw(quality.load_model(saved, 'ema', CPU), 100, STEPS, 0)
     assert result['samples']['sha256'] == hashlib.sha256(drawn.numpy().tobytes()).hexdigest()
     assert all(list(s['fewer']['FD']) == ['EMA'] for s in result['spaces'].values())
     assert result['run']['optimizer steps'] is None

@@ -61,17 +61,18 @@ def test_the_others_are_fed_mnist_in_shuffled_batches():
     assert x.min() == 0 and x.max() == 1 and 0.10 < x.mean() < 0.16  # 0.1307 of all
     train = speed.ddpm.load_images('MNIST')
     first = (x[0] * 255).round().byte()
-    assert (train == first).flatten(1).all(1).any() and not torch.equal(first, train[0])
+    same = (train[:, :, 2:-2, 2:-2] == first).flatten(1).all(1)
+    assert same.any() and not same[0]
 
 
-@pytest.mark.parametrize('side', [28, 32, 64])
+@pytest.mark.parametrize('side', [32, 64])
 def test_larger_images_reach_the_training_loop_as_they_are(monkeypatch, side):
     shapes, loss = [], speed.ddpm.diffusion_loss
     monkeypatch.setattr(
         speed.ddpm, 'diffusion_loss', lambda *a: shapes.append(a[2].shape[2:]) or loss(*a)
     )
     speed.Ours(speed.SIZES['small'], CPU).train(2, 1, side)
-    assert set(shapes) == {(max(side, 32),) * 2}
+    assert set(shapes) == {(side, side)}
 
 
 def test_pace_times_only_what_was_asked_for(monkeypatch):

@@ -1,11 +1,14 @@
 """Training as a whole: it learns, averages, resumes, and takes the article's checkpoints."""
 
+import math
+import signal
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import SMALL, TINY, few_images, small_unet
+import torch.nn.functional as F
+from conftest import DIGITS, SMALL, SURROUNDINGS, TINY, few_images, small_unet, surroundings
 from timm.utils import ModelEmaV3
 
 import ddpm
@@ -17,7 +20,7 @@ def load(path='checkpoints/tiny'):
 
 def flat(value, name=''):
     """A checkpoint as {name of the leaf: tensor or plain value}."""
-    if isinstance(value, dict | list):
+    if isinstance(value, dict | list | tuple):
         items = value.items() if isinstance(value, dict) else enumerate(value)
         return {k: v for key, part in items for k, v in flat(part, f'{name}/{key}').items()}
     return {name: value}
@@ -40,29 +43,50 @@ def test_overfits_a_digit_and_gives_it_back(workdir, monkeypatch):
     losses = load()['losses']
     assert losses[-50:].mean() < losses[:5].mean() / 25
 
-    saved = load()
-    ema = ModelEmaV3(ddpm.UNET(**saved['unet']))
-    ema.load_state_dict(saved['ema'])
-    x = torch.randn(8, 1, 32, 32, generator=torch.Generator().manual_seed(0))
-    truth = ddpm.to_input(digit)
+    model, truth = ddpm.load_model('checkpoints/tiny'), ddpm.to_input(digit)
     for num_steps in (400, 30):
-        *_, (_, out) = ddpm.reverse_process(ema.module, x, ddpm.DDPM_Scheduler(400), num_steps)
+        out = ddpm.sample(model, 8, num_steps, seed=0)
         distance = (out - truth).square().mean((1, 2, 3))  # (8,)
         assert distance.median() < 0.25 * truth.square().mean()
 
 
+def moving_average(decays, average, weights):
+    """For each parameter, in float64: decay * average + (1 - decay) * weights, one step after the
+    other."""
+    average = {name: value.double() for name, value in average.items()}
+    for decay, now in zip(decays, weights, strict=True):
+        for name in average:
+            average[name] = decay * average[name] + (1 - decay) * now[name].double()
+    return average
+
+
+def assert_is_the_average(average, expected):
+    for name, value in average.items():
+        torch.testing.assert_close(value.double(), expected[name.removeprefix('module.')])
+
+
 def test_ema_is_the_closed_form(workdir):
-    """Of the weights after 1, 2, .. steps: decay^n w_0 + (1 - decay) sum decay^(n-i) w_i."""
+    """Of the weights after steps 0, 1, .., each an epoch of its own: the decay of step n is
+    n / (n + 10), which forgets the random start at once, until it reaches ema_decay."""
     weights = []
-    for epochs in (1, 2):
-        ddpm.train(**{**TINY, 'num_epochs': epochs, 'batch_size': 12, 'ema_decay': 0.75})
+    for epochs in range(1, 6):
+        ddpm.train(**{**TINY, 'num_epochs': epochs, 'batch_size': 12, 'ema_decay': 0.2})
         weights.append(load()['weights'])
     ddpm.set_seed(1)
-    first = ddpm.UNET(**{**SMALL, 'time_steps': 20}).state_dict()
-    for name, ema in load()['ema'].items():
-        name = name.removeprefix('module.')
-        steps = 0.75**2 * first[name] + 0.25 * (0.75 * weights[0][name] + weights[1][name])
-        torch.testing.assert_close(ema, steps)
+    start = ddpm.UNET(**{**SMALL, 'time_steps': 20}).state_dict()
+    assert not torch.equal(start['output_conv.weight'], weights[0]['output_conv.weight'])
+    decays = [0, 1 / 11, 2 / 12, 0.2, 0.2]
+    assert_is_the_average(load()['ema'], moving_average(decays, start, weights))
+
+
+@pytest.mark.parametrize('ema_decay', [0.2, 0.9999])
+def test_ema_is_resumed_bit_for_bit(workdir, ema_decay):
+    """Stopped after the steps 3, 6 and 9 of 12, while it warms up and after that."""
+    numbers = {**TINY, 'ema_decay': ema_decay}
+    ddpm.train(**{**numbers, 'num_epochs': 4})
+    for epochs in (1, 2, 3, 4):
+        ddpm.train(**{**numbers, 'num_epochs': epochs, 'checkpoint_path': 'checkpoints/parts'})
+    assert_identical(load(), load('checkpoints/parts'))
 
 
 def test_weights_after_a_step_are_adams(workdir, float32):
@@ -72,8 +96,8 @@ def test_weights_after_a_step_are_adams(workdir, float32):
     ddpm.set_seed(1)
     model = ddpm.UNET(**{**unet, 'time_steps': 20})
     images = ddpm.to_input(few_images())
-    shuffle = torch.Generator().manual_seed(ddpm.seed_of(1, 0, 0))
-    draws = torch.Generator().manual_seed(ddpm.seed_of(1, 1, 0))
+    shuffle = torch.Generator().manual_seed(ddpm.fold_in(1, 0, 0))
+    draws = torch.Generator().manual_seed(ddpm.fold_in(1, 1, 0))
     x = images[torch.randperm(12, generator=shuffle)]
     t = torch.randint(20, (12,), generator=draws)
     eps = torch.randn(x.shape, generator=draws)
@@ -107,26 +131,23 @@ def test_gradients_of_16_bits_are_those_of_float32(monkeypatch, half):
     assert 0 < (rough - exact).norm() < 0.03 * exact.norm()
 
 
-def test_compiled_training_is_the_same(workdir, monkeypatch, float32):
+def test_compiled_training_is_the_same(workdir, monkeypatch, float32, capsys):
     # compiled code draws other dropout masks; two layers compile in half the time of four
     two = dict(Channels=[8, 16], Attentions=[False, True], Upscales=[False, True])
     numbers = {**TINY, 'unet': {**SMALL, **two, 'dropout_prob': 0.0}, 'num_epochs': 20}
-    curves, lines = [], []
-    monkeypatch.setattr(ddpm, 'print_once', lines.append)
-    for name, long_run in (('plain', 61), ('compiled', 60)):
-        monkeypatch.setattr(ddpm, 'LONG_RUN', long_run)
+    curves = []
+    for name, compile_from in (('plain', 61), ('compiled', 60)):
+        monkeypatch.setattr(ddpm, 'COMPILE_FROM', compile_from)
         ddpm.train(**{**numbers, 'checkpoint_path': name})
         curves.append(load(name)['losses'])
-    if any('does not work' in line for line in lines):
+    if 'does not work' in capsys.readouterr().out:
         pytest.skip('no compiler here')
     assert not torch.equal(*curves)
     torch.testing.assert_close(*curves, rtol=0.01, atol=0)
 
 
-def test_without_a_compiler_training_goes_on(workdir, monkeypatch):
-    lines = []
-    monkeypatch.setattr(ddpm, 'print_once', lines.append)
-    monkeypatch.setattr(ddpm, 'LONG_RUN', 0)
+def test_without_a_compiler_training_goes_on(workdir, monkeypatch, capsys):
+    monkeypatch.setattr(ddpm, 'COMPILE_FROM', 0)
 
     def broken(model, *_, **__):
         def call(*_):
@@ -136,7 +157,7 @@ def test_without_a_compiler_training_goes_on(workdir, monkeypatch):
 
     monkeypatch.setattr(ddpm.UNET, 'compile', broken)
     ddpm.train(**TINY)
-    assert [line for line in lines if 'no C++ compiler' in line and '\n' not in line]
+    assert 'does not work here (no C++ compiler found)' in capsys.readouterr().out
     assert len(load()['losses']) == 6
 
 
@@ -161,21 +182,20 @@ def test_an_epoch_shows_every_image_once(workdir, monkeypatch):
     to_input = ddpm.to_input
     monkeypatch.setattr(ddpm, 'to_input', lambda x: seen.append(x) or to_input(x))
     ddpm.train(**{**TINY, 'num_epochs': 2})
-    assert len(seen) == 7  # the first was asked for its shape only
-    epochs = [torch.cat(seen[1:4]), torch.cat(seen[4:])]
+    assert len(seen) == 6
+    epochs = [torch.cat(seen[:3]), torch.cat(seen[3:])]
     for epoch in epochs:
         keys = sorted(bytes(image.flatten().tolist()) for image in epoch)
         assert keys == sorted(bytes(image.flatten().tolist()) for image in few_images())
     assert not torch.equal(*epochs)  # in another order
 
 
-def test_images_are_scaled_and_padded():
+def test_images_are_scaled():
     images = torch.randint(256, (2, 1, 28, 28), dtype=torch.uint8)
     x = ddpm.to_input(images)
-    assert x.shape == (2, 1, 32, 32)
-    assert torch.equal((x[:, :, 2:30, 2:30] * 255).round().byte(), images)
-    assert x.sum().item() == pytest.approx(images.sum().item() / 255, rel=1e-5)
-    assert ddpm.to_input(torch.zeros(1, 3, 32, 32, dtype=torch.uint8)).shape == (1, 3, 32, 32)
+    assert x.shape == (2, 1, 28, 28) and x.dtype == torch.float32
+    torch.testing.assert_close(x.double(), images.double() / 255, rtol=1e-6, atol=0)
+    assert torch.equal(ddpm.to_uint8(x), images)
 
 
 def test_the_epoch_line_is_the_mean_of_the_batches(workdir, capsys):
@@ -225,7 +245,7 @@ def test_changed_numbers_are_taken_up_and_said(workdir, capsys):
     assert 'lr was 0.001, is 0.0001 from here on' in out
     assert 'ema_decay was 0.5, is 0.75 from here on' in out
     group = load()['optimizer']['param_groups'][0]
-    assert group['lr'] == 1e-4 and group['betas'] == [0.9, 0.95]
+    assert group['lr'] == 1e-4 and group['betas'] == (0.9, 0.95)
     assert len(load()['losses']) == 6
 
 
@@ -244,18 +264,62 @@ def article_checkpoint(path, unet=SMALL):
     return state
 
 
-def test_an_article_checkpoint_is_resumed_and_sampled(workdir, monkeypatch):
+@pytest.fixture
+def small_article(monkeypatch):
+    """The article's UNET is a small one."""
     defaults = {**ddpm.UNET_DEFAULTS, **SMALL, 'time_steps': 20}
-    monkeypatch.setattr(ddpm, 'UNET_DEFAULTS', defaults)  # a small article
+    monkeypatch.setattr(ddpm, 'UNET_DEFAULTS', defaults)
+
+
+def test_an_article_checkpoint_is_resumed_and_sampled(workdir, small_article):
     state = article_checkpoint('checkpoints/tiny')
     ddpm.inference('checkpoints/tiny', num_time_steps=20, num_steps=3)
-    assert Path('outputs/tiny/digits.png').exists()
+    assert Path('outputs/tiny/grid.png').exists()
     assert_identical(load(), state)
     ddpm.train(**{**TINY, 'num_epochs': 1, 'lr': 1e-12})
     assert len(load()['losses']) == 3
     assert load()['optimizer']['state'][0]['step'] == 4  # one of the article's, three more
     for name, value in state['weights'].items():
         torch.testing.assert_close(load()['weights'][name], value)
+
+
+@pytest.mark.parametrize('steps', [3, 37])
+def test_an_article_checkpoint_goes_on_with_its_average(workdir, small_article, steps):
+    """Adam has counted its steps, and so the decay goes on at n = steps."""
+    state = article_checkpoint('checkpoints/tiny')
+    for entry in state['optimizer']['state'].values():
+        entry['step'] = torch.tensor(float(steps))
+    torch.save(state, 'checkpoints/tiny')
+    numbers = {**TINY, 'batch_size': 12, 'ema_decay': 0.9999}
+    weights = []
+    for epochs in (1, 2, 3):
+        ddpm.train(**{**numbers, 'num_epochs': epochs})
+        weights.append(load()['weights'])
+    start = {name.removeprefix('module.'): value for name, value in state['ema'].items()}
+    decays = [n / (n + 10) for n in range(steps, steps + 3)]
+    assert_is_the_average(load()['ema'], moving_average(decays, start, weights))
+
+    torch.save(state, 'checkpoints/once')
+    ddpm.train(**{**numbers, 'num_epochs': 3, 'checkpoint_path': 'checkpoints/once'})
+    assert_identical(load(), load('checkpoints/once'))
+
+
+@pytest.mark.parametrize(
+    'prefix', ['module.', '_orig_mod.', 'module._orig_mod.', 'module.module.', '_orig_mod.module.']
+)
+def test_what_wrapped_the_weights_does_not_matter(workdir, prefix):
+    """DistributedDataParallel, torch.compile and both put words before the names."""
+    ddpm.train(**{**TINY, 'num_epochs': 1})
+    saved = load()
+    ddpm.train(**TINY)
+    saved['weights'] = {f'{prefix}{name}': value for name, value in saved['weights'].items()}
+    saved['ema'] = {
+        f'module.{prefix}{name.removeprefix("module.")}': value
+        for name, value in saved['ema'].items()
+    }
+    torch.save(saved, 'checkpoints/wrapped')
+    ddpm.train(**{**TINY, 'checkpoint_path': 'checkpoints/wrapped'})
+    assert_identical(load(), load('checkpoints/wrapped'))
 
 
 def test_an_article_checkpoint_trains_on_as_plain_adam_would(workdir, monkeypatch, float32):
@@ -274,8 +338,8 @@ def test_an_article_checkpoint_trains_on_as_plain_adam_would(workdir, monkeypatc
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, foreach=False)
     groups = optimizer.state_dict()['param_groups']
     optimizer.load_state_dict({**state['optimizer'], 'param_groups': groups})
-    shuffle = torch.Generator().manual_seed(ddpm.seed_of(1, 0, 0))
-    draws = torch.Generator().manual_seed(ddpm.seed_of(1, 1, 0))
+    shuffle = torch.Generator().manual_seed(ddpm.fold_in(1, 0, 0))
+    draws = torch.Generator().manual_seed(ddpm.fold_in(1, 1, 0))
     x = ddpm.to_input(few_images())[torch.randperm(12, generator=shuffle)]
     t = torch.randint(20, (12,), generator=draws)
     eps = torch.randn(x.shape, generator=draws)
@@ -307,30 +371,102 @@ def test_a_checkpoint_moves_between_float16_and_none(workdir, monkeypatch):
     assert len(load()['losses']) == 9
 
 
+@pytest.mark.parametrize('factor', [math.inf, math.nan])
+@pytest.mark.parametrize('step', [0, 1, 3])
 def test_an_overflow_of_float16_is_a_skipped_step_and_no_divergence(
-    workdir, float16, monkeypatch, capsys
+    workdir, float16, monkeypatch, step, factor
 ):
+    """Recorded with the loss of the step before (of predicting nothing, where there is none), so
+    that the run can also be resumed without float16."""
     loss, calls = ddpm.diffusion_loss, []
 
     def overflows_once(*arguments):
         calls.append(1)
-        return loss(*arguments) * (float('inf') if len(calls) == 2 else 1)
+        return loss(*arguments) * (factor if len(calls) == step + 1 else 1)
 
     monkeypatch.setattr(ddpm, 'diffusion_loss', overflows_once)
     ddpm.train(**TINY)
-    out = capsys.readouterr().out
-    assert '| 1 steps skipped, for float16 overflowed' in out.splitlines()[0]
-    assert 'skipped' not in out.splitlines()[1]
+    losses = load()['losses']
+    assert losses.isfinite().all() and len(losses) == 6
+    assert losses[step] == (losses[step - 1] if step else 1)
+    assert len(set(losses.tolist())) == (5 if step else 6)
     assert load()['optimizer']['state'][0]['step'] == 5
     assert load()['scaler']['scale'] == 32768
-    monkeypatch.setattr(ddpm, 'diffusion_loss', lambda *a: loss(*a) * float('nan'))
-    with pytest.raises(ddpm.UserError, match='the loss is nan in epoch'):
+    monkeypatch.setattr(ddpm, 'half_precision', lambda device: None)
+    ddpm.train(**{**TINY, 'num_epochs': 3})
+    assert torch.equal(load()['losses'][:6], losses) and len(load()['losses']) == 9
+
+
+def test_a_run_that_overflows_float16_at_every_step_has_diverged(workdir, float16, monkeypatch):
+    ddpm.train(**TINY)
+    before, loss = load(), ddpm.diffusion_loss
+    monkeypatch.setattr(ddpm, 'diffusion_loss', lambda *a: loss(*a) * math.nan)
+    with pytest.raises(ddpm.UserError, match='training has diverged'):
         ddpm.train(**{**TINY, 'num_epochs': 12})
+    assert_identical(load(), before)
+
+
+@pytest.mark.parametrize('scale', [math.nan, 0.0, -1.0, math.inf])
+def test_a_scale_that_is_no_scale_is_refused(workdir, float16, scale):
+    ddpm.train(**TINY)
+    saved = load()
+    saved['scaler']['scale'] = scale
+    torch.save(saved, 'checkpoints/tiny')
+    with pytest.raises(ddpm.UserError, match='is not a usable checkpoint: .*scale'):
+        ddpm.train(**{**TINY, 'num_epochs': 3})
+
+
+def settings():
+    """What a run sets for itself: a default dtype, a switch of attention, three signals' ends."""
+    names = ('SIGINT', 'SIGTERM', 'SIGHUP')
+    handlers = [signal.getsignal(getattr(signal, name, signal.SIGINT)) for name in names]
+    sdp = torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed()
+    modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+    return torch.get_default_dtype(), sdp, modes, handlers
+
+
+@pytest.mark.parametrize('kind', SURROUNDINGS)
+def test_training_works_anywhere_and_puts_everything_back(workdir, monkeypatch, kind):
+    ddpm.train(**{**TINY, 'checkpoint_path': 'expected', 'sample_every': 1})
+    picture = Path('outputs/expected/progress/epoch_002.00.png').read_bytes()
+    inside, loss = [], ddpm.diffusion_loss
+    monkeypatch.setattr(ddpm, 'diffusion_loss', lambda *a: inside.append(settings()) or loss(*a))
+    with surroundings(kind):
+        for epochs, allowed in ((1, True), (2, False)):
+            torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(allowed)
+            before = settings()
+            ddpm.train(**{**TINY, 'num_epochs': epochs, 'sample_every': 1})
+            assert settings() == before
+    assert len(inside) == 6
+    for dtype, sdp, modes, handlers in inside:
+        assert (dtype, sdp, modes) == (torch.float32, True, (True, False))
+        assert handlers != before[3]
+    assert_identical(load(), load('expected'))
+    assert Path('outputs/tiny/progress/epoch_002.00.png').read_bytes() == picture
+
+
+@pytest.mark.parametrize('kind', SURROUNDINGS)
+def test_training_that_fails_puts_everything_back(workdir, monkeypatch, kind):
+    inside = []
+
+    def broken(*_):
+        inside.append(settings())
+        raise RuntimeError('broken')
+
+    monkeypatch.setattr(ddpm, 'diffusion_loss', broken)
+    with surroundings(kind):
+        before = settings()
+        with pytest.raises(RuntimeError, match='broken'):
+            ddpm.train(**TINY)
+        assert settings() == before and inside[0][3] != before[3]
+        with pytest.raises(ddpm.UserError, match='lr is 5'):
+            ddpm.train(**{**TINY, 'lr': 5.0})
+        assert settings() == before
 
 
 def test_the_time_to_go_does_not_count_what_comes_before_the_first_step(workdir, monkeypatch):
     """As compiling does, for a minute."""
-    compiled, step_done, ends = ddpm.parallel_and_compiled, ddpm.Run.step_done, []
+    compiled, step_done, ends = ddpm.parallelize_and_compile, ddpm.Run.step_done, []
 
     def slow(*arguments):
         network = compiled(*arguments)
@@ -338,13 +474,32 @@ def test_the_time_to_go_does_not_count_what_comes_before_the_first_step(workdir,
         return network
 
     def spy(run, loss):
-        assert (run.began, run.began_at > ends[0]) == (run.done // 3 * 3, True)
+        assert (run.first_step, run.began > ends[0], run.bar.start_t > 0) == (0, True, True)
         step_done(run, loss)
 
-    monkeypatch.setattr(ddpm, 'parallel_and_compiled', slow)
+    monkeypatch.setattr(ddpm, 'parallelize_and_compile', slow)
     monkeypatch.setattr(ddpm.Run, 'step_done', spy)
     ddpm.train(**TINY)
     assert ends
+
+
+@pytest.mark.parametrize('seconds, days', [(86400, '2.0'), (22000, '0.5'), (21500, None)])
+def test_a_run_of_days_says_so(workdir, monkeypatch, capsys, seconds, days):
+    """After ten steps of twelve, by the time that they took; earlier starts do not count."""
+    step_done, clock = ddpm.Run.step_done, time.monotonic
+    monkeypatch.setattr(time, 'monotonic', lambda: clock() + passed[0])
+    passed = [0]
+
+    def slow(run, loss):
+        passed[0] += seconds
+        run.next_save = math.inf
+        step_done(run, loss)
+
+    ddpm.train(**{**TINY, 'num_epochs': 1})
+    monkeypatch.setattr(ddpm.Run, 'step_done', slow)
+    ddpm.train(**{**TINY, 'num_epochs': 5})
+    said = [line for line in capsys.readouterr().out.splitlines() if 'days to go' in line]
+    assert [line.split()[0] for line in said] == [days] * (days is not None)
 
 
 def test_checkpoints_move_through_weights_only_loading(workdir):
@@ -359,8 +514,11 @@ def test_checkpoints_move_through_weights_only_loading(workdir):
 
 def test_on_real_mnist_the_loss_falls(workdir):
     images = ddpm.load_images('MNIST')
-    assert images.shape == (60000, 1, 28, 28)
-    assert images.float().mean().item() / 255 == pytest.approx(0.1307, abs=1e-4)
+    assert images.shape == (60000, 1, 32, 32)
+    digits = images[:, :, 2:30, 2:30]
+    assert images.sum() == digits.sum()  # around them there is nothing
+    assert digits.float().mean().item() / 255 == pytest.approx(0.1307, abs=1e-4)
+    assert torch.equal(images[:100], F.pad(DIGITS, [2] * 4))
     few = images[:2560]
     ddpm.load_images, original = (lambda *_: few), ddpm.load_images
     try:
