@@ -410,7 +410,10 @@ def test_every_depth_is_scaled_to_eight_bits(tmp_path):
 
 def test_a_black_picture_of_sixteen_bits_is_a_picture(tmp_path):
     Image.fromarray(np.zeros((32, 32), np.uint16)).save(tmp_path / 'a.png')
-    assert (ddpm.load_images(str(tmp_path)) == 0).all()
+    with pytest.raises(ddpm.UserError, match='is of one plain colour'):  # alone it teaches nothing
+        ddpm.load_images(str(tmp_path))
+    save(noise(32, 32, 1), tmp_path / 'b.png')
+    assert (ddpm.load_images(str(tmp_path))[0] == 0).all()
 
 
 TWELVE_BITS = np.arange(1024, dtype=np.int32).reshape(32, 32) * 4 + 3  # up to 4095

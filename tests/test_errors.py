@@ -418,6 +418,9 @@ def train_with_losses(monkeypatch, *values, earlier=0, save_at=(), **changes):
         ddpm.train(**{**TINY, 'num_epochs': (earlier + len(values)) // 3, **changes})
 
 
+SUSPECT = 'training has diverged, it seems: lower lr. Its last step is in checkpoints/tiny.suspect'
+
+
 @pytest.mark.parametrize('bad', [NAN, INF])
 def test_a_loss_that_is_not_finite_keeps_the_last_good_checkpoint(saves, monkeypatch, bad):
     message = f'training has diverged at step 5, its loss is {bad}: lower lr'
@@ -485,14 +488,16 @@ def test_a_loss_back_at_that_of_predicting_nothing_is_saved_beside(
 
 def test_a_loss_that_was_good_long_ago_still_counts(saves, monkeypatch):
     values = [0.1] * 102 + [1.0] * 204
-    train_with_losses(monkeypatch, *values, save_at=[102])
+    with pytest.raises(ddpm.UserError, match=SUSPECT):
+        train_with_losses(monkeypatch, *values, save_at=[102])
     assert saves == [('tiny', 102), ('tiny.suspect', 306)]
 
 
 @pytest.mark.parametrize('values', [[3.0] * 99, [0.1] * 99 + [3.0] * 3], ids=['start', 'end'])
 def test_bad_losses_in_the_last_steps_are_saved_beside(saves, monkeypatch, capfd, values):
     """Most of the last five, but not yet most of the last hundred."""
-    train_with_losses(monkeypatch, *values)
+    with pytest.raises(ddpm.UserError, match=SUSPECT):
+        train_with_losses(monkeypatch, *values)
     assert saves == [('tiny.suspect', len(values))]
     assert 'The loss is 3, and predicting nothing gives 1' in capfd.readouterr().err
 
@@ -533,7 +538,10 @@ def test_a_loss_that_never_fell_is_saved_and_said_at_the_end(saves, monkeypatch,
     train_with_losses(monkeypatch, *[1.0] * 204, save_at=[102])
     assert saves == [('tiny', 102), ('tiny', 204)]
     err = capfd.readouterr().err
-    assert err.count('The loss is 1, and predicting nothing gives 1: lower lr') == 1
+    assert (
+        err.count('The loss is 1, and predicting nothing gives 1: train longer, or with another lr')
+        == 1
+    )
 
 
 def test_a_run_too_short_to_learn_is_not_said_to_have_learned_nothing(saves, monkeypatch, capfd):
@@ -561,7 +569,8 @@ def test_divergence_is_told_when_the_bar_is_redrawn(
 
 
 def test_huge_losses_whose_sum_is_infinite(saves, monkeypatch, every_step_is_shown, capfd):
-    train_with_losses(monkeypatch, 1, 3e38, 3e38)
+    with pytest.raises(ddpm.UserError, match=SUSPECT):
+        train_with_losses(monkeypatch, 1, 3e38, 3e38)
     assert saves == [('tiny.suspect', 3)]
     assert 'loss 2000000' in capfd.readouterr().err
 
