@@ -592,7 +592,7 @@ RANGES = {  # (lowest, highest); numbers that are not listed must be at least 1
     **dict.fromkeys(('lr', 'ema_decay', 'dropout_prob'), (0, 1)),
     **dict.fromkeys(('sample_every', 'save_minutes'), (0, math.inf)),
     'num_time_steps': (2, math.inf),
-    'beta2': (0, 0.999999),
+    'beta2': (0.1, 0.999999),  # at 0 Adam divides by 0
     'seed': (-1, 2**32 - 1),
 }
 MAY_CHANGE = ('num_epochs', 'lr', 'lr_decay', 'beta2', 'ema_decay', 'save_minutes', 'sample_every')

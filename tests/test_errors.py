@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import SMALL, TINY, TINY_PREVIEW, few_images, run_program
+from PIL import Image
 from test_faults import at_step
 
 import ddpm
@@ -39,6 +40,7 @@ NAN, INF = float('nan'), float('inf')
         ('lr_decay', 1),
         ('lr_decay', np.bool_(True)),
         ('beta2', 1.0),
+        ('beta2', 0),
         ('beta2', -0.1),
         ('ema_decay', 1.1),
         ('ema_decay', NAN),
@@ -644,3 +646,35 @@ def test_an_unexpected_error_keeps_its_traceback(tmp_path):
     assert done.returncode == 1
     assert 'ZeroDivisionError' in done.stderr
     assert 'Traceback' in done.stderr
+
+
+@pytest.mark.parametrize('bad', [torch.zeros(3, 1, 32, 32), torch.full((2, 1, 32, 32), NAN)])
+def test_noise_that_is_none(workdir, bad):
+    ddpm.train(**{**TINY, 'num_epochs': 1})
+    model = ddpm.load_model('checkpoints/tiny')
+    with pytest.raises(ddpm.UserError, match='^noise is '):
+        ddpm.sample(model, 2, 3, noise=bad)
+    assert ddpm.sample(model, 2, 3, noise=np.zeros((2, 1, 32, 32))).shape == (2, 1, 32, 32)
+
+
+def test_a_run_of_few_steps_is_told_what_it_lacks(workdir, capsys, monkeypatch):
+    ddpm.train(**TINY)
+    assert '6 steps in all' in capsys.readouterr().out
+    monkeypatch.setattr(ddpm, 'FEW_STEPS', 6)
+    ddpm.train(**{**TINY, 'checkpoint_path': 'other'})
+    assert 'steps in all' not in capsys.readouterr().out
+
+
+def test_a_plain_folder_is_refused(workdir):
+    """White sprites on a transparent ground, say, which becomes white."""
+    Path('white').mkdir()
+    for i in range(3):
+        Image.new('RGBA', (32, 32), (255, 255, 255, 90 * i)).save(f'white/{i}.png')
+    with pytest.raises(ddpm.UserError, match='white is of one plain colour'):
+        ddpm.train(**{**TINY, 'dataset': 'white'})
+
+
+def test_no_name_after_sample_starts_no_training(tmp_path):
+    done = run_program(tmp_path, 'ddpm.train = lambda **_: print("trained")', '--sample', '')
+    assert done.returncode == 1 and 'trained' not in done.stdout
+    assert 'ddpm.py: ' in done.stderr and 'Traceback' not in done.stderr
