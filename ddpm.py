@@ -5,11 +5,10 @@
     python ddpm.py --preview   trains a small UNET, some minutes on two CPU cores
     torchrun --nproc-per-node=4 ddpm.py     the article's run on several GPUs
 
-Run it again in the same folder and it resumes where it stopped. What there is to change stands
-under EDIT HERE; from Python there are train, inference, load_model and sample. The method is that
-of Ho, Jain & Abbeel 2020 (arXiv:2006.11239, "the paper"), its shorter sampler that of Song, Meng &
-Ermon 2021 (DDIM, arXiv:2010.02502). The sections are the article's, in its order and with its
-names; the appendix only makes them robust. docs/ddpm.md explains it all step by step.
+Run it again in the same folder and it resumes where it stopped. Settings are edited under EDIT
+HERE. The method is that of Ho, Jain & Abbeel 2020 (arXiv:2006.11239, "the paper"), the shorter
+sampler that of DDIM (Song, Meng & Ermon 2021, arXiv:2010.02502). Sections and names follow the
+article; the appendix only makes them robust. docs/ddpm.md explains it all step by step.
 
 Measured on two cores of an AMD EPYC (torch 2.14): --sample takes 10 s, the preview 7 min; 92% of
 what the weights in the repository sample is recognised as a digit. No GPU has been measured yet.
@@ -17,25 +16,20 @@ what the weights in the repository sample is recognised as a digit. No GPU has b
 
 import argparse
 import difflib
-import gzip
 import inspect
 import math
 import os
 import random
-import re
 import secrets
 import signal
 import socket
-import statistics
 import sys
 import tempfile
 import time
 import zipfile
 import zlib
-from collections import Counter
 from contextlib import ExitStack, contextmanager, suppress
-from functools import partial
-from itertools import chain, compress
+from itertools import chain
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
@@ -51,19 +45,15 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from einops import rearrange
 from filelock import FileLock, Timeout
-from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageOps
 from timm.utils import ModelEmaV3
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
-from torchvision import datasets
+from torchvision import datasets, utils
 from torchvision.transforms.functional import to_pil_image
-from torchvision.utils import make_grid
 from tqdm import tqdm
 
-# ==============================================================================================
-# The UNet (article: Unet, 模型代码实现). x is (B, C, H, W); t counts from 0, the least noisy step.
-# ==============================================================================================
+# ==== The UNet (article: Unet, 模型代码实现) ======================================================
+# x is (B, C, H, W); t counts from 0, the least noisy step.
 
 
 class SinusoidalEmbeddings(nn.Module):
@@ -136,15 +126,7 @@ class UnetLayer(nn.Module):
     """ResBlock, attention if asked for, ResBlock; then a convolution that halves the image and
     doubles the channels, or (upscale) the other way round."""
 
-    def __init__(
-        self,
-        upscale: bool,
-        attention: bool,
-        num_groups: int,
-        dropout_prob: float,
-        num_heads: int,
-        C: int,
-    ):
+    def __init__(self, upscale, attention, num_groups, dropout_prob, num_heads, C):
         super().__init__()
         self.ResBlock1 = ResBlock(C, num_groups, dropout_prob)
         self.ResBlock2 = ResBlock(C, num_groups, dropout_prob)
@@ -214,9 +196,7 @@ class UNET(nn.Module):
         return self.output_conv(self.relu(self.late_conv(x)))  # (B, C, H, W)
 
 
-# ==============================================================================================
-# The scheduler (article: 调度器)
-# ==============================================================================================
+# ==== The scheduler (article: 调度器) =============================================================
 
 
 class DDPM_Scheduler(nn.Module):
@@ -238,9 +218,7 @@ class DDPM_Scheduler(nn.Module):
         return self.beta[t], self.alpha[t]
 
 
-# ==============================================================================================
-# Training (article: 训练代码)
-# ==============================================================================================
+# ==== Training (article: 训练代码) ================================================================
 
 
 def set_seed(seed: int = 42):
@@ -290,12 +268,12 @@ def train(
     exactly as if it had never stopped. It is saved every save_minutes, at the end, and when Ctrl-C,
     SIGTERM or SIGHUP stop the run. seed -1 draws a seed. dataset is one of DATASETS or a folder of
     pictures, which are cropped and resized to image_size. unet holds the arguments of UNET that
-    differ from its defaults. Every sample_every epochs (0: never) a grid of samples, always from
-    the same noise, goes to outputs/NAME OF THE CHECKPOINT/progress. With lr_decay the learning rate
-    follows lr_schedule; otherwise it is constant. beta2 is Adam's.
+    differ from its defaults. Every sample_every epochs (0: never) a grid of samples goes to
+    outputs/NAME OF THE CHECKPOINT/progress. lr_decay: by lr_schedule. beta2 is Adam's.
 
     Raises UserError (a ValueError) for a setting out of range, for data or a checkpoint that cannot
-    be used, and when training diverges; KeyboardInterrupt when it was stopped, once all is saved.
+    be used, and when training diverges; Stopped (a KeyboardInterrupt) by a signal, once all is
+    saved.
     """
     config = dict(locals())
     check_arguments(train, config)
@@ -306,10 +284,7 @@ def train(
         run.enter_context(kernels(device, deterministic=seed != -1))
         model = to_device(UNET(**run.unet), device)
         scheduler = DDPM_Scheduler(num_time_steps).to(device)
-        fused = device.type != 'mps'
-        optimizer = torch.optim.Adam(
-            model.parameters(), lr=lr, betas=(0.9, float(beta2)), fused=fused
-        )
+        optimizer = torch.optim.Adam(model.parameters(), lr=lr, betas=(0.9, beta2), fused=True)
         scaler = torch.amp.GradScaler(device.type, enabled=half_precision(device) is torch.float16)
         # samples come from averaged weights, which vary less than those of any one step; the decay
         # warms up, n / (n + 10) in step n, so that the average soon forgets the random start
@@ -332,21 +307,19 @@ def train(
                 x = to_input(images[batch])  # (B, C, H, W) in [0, 1]
                 t = torch.randint(num_time_steps, (batch_size,), device=device)
                 eps = torch.randn_like(x)
-                mine = slice(RANK, None, WORLD_SIZE)
+                share = slice(RANK, None, WORLD_SIZE)
                 if RANK > 0:  # dropout masks of its own
                     torch.manual_seed(fold_in(run.seed, 1 + RANK, run.step))
-                loss = diffusion_loss(network, scheduler, x[mine], t[mine], eps[mine])
+                loss = diffusion_loss(network, scheduler, x[share], t[share], eps[share])
                 optimizer.zero_grad()
                 scaler.scale(loss).backward()  # scales in float16 only
                 scaler.step(optimizer)
                 scaler.update()
-                ema.update(model, step=run.ema_step)
+                ema.update(model, step=run.steps_before + run.step + 1)
                 run.step_done(loss)  # saves, samples and stops when it is time to
 
 
-# ==============================================================================================
-# Inference (article: 推理)
-# ==============================================================================================
+# ==== Inference (article: 推理) ===================================================================
 
 
 @torch.no_grad()
@@ -375,20 +348,16 @@ def load_model(checkpoint_path: str | Path):
     """The UNET of a checkpoint with its EMA weights, in eval mode on the best device, for `sample`.
     It knows its `time_steps` and `image_size`. Raises UserError for an unusable checkpoint."""
     saved = load_checkpoint(checkpoint_path)
-    with torch.random.fork_rng([]):  # initial weights are drawn, but not from the caller's
+    # initial weights are drawn, but not from the caller's generator
+    with one_line_about(checkpoint_path), torch.random.fork_rng([]):
         ema = ModelEmaV3(UNET(**saved['unet']).float())
-    ema.load_state_dict(saved['ema'])
+        ema.load_state_dict(saved['ema'])
     ema.module.image_size = saved['config'].get('image_size', 32)
     return to_device(ema.module.eval(), best_device())
 
 
 def sample(
-    model,
-    num_images: int,
-    num_steps: int | None = None,
-    seed: int = -1,
-    noise=None,
-    on_step=None,
+    model, num_images: int, num_steps: int | None = None, seed: int = -1, noise=None, on_step=None
 ):
     """Images from a model of `load_model`: (N, C, H, W) float32 in [0, 1], on the CPU.
 
@@ -399,32 +368,26 @@ def sample(
     """
     check_arguments(sample, dict(num_images=num_images, num_steps=num_steps, seed=seed))
     device, size, T = next(model.parameters()).device, model.image_size, model.time_steps
-    shape = num_images, model.input_channels, size, size
-    if noise is not None:
-        noise = torch.as_tensor(noise)
-        if noise.shape != shape or not noise.isfinite().all():
-            raise UserError(f'noise is {tuple(noise.shape)}, but must be {shape}, and finite')
+    num_steps = len(sampling_times(T, num_steps))
     scheduler = DDPM_Scheduler(T).to(device)
-    seed = secrets.randbits(32) if seed == -1 else seed
-    generator = torch.Generator(device).manual_seed(seed)
-    at_once = sample_batch(device, size)
-    starts, steps = range(0, num_images, at_once), len(sampling_times(T, num_steps))
-    images = []
-    bar = progress_bar('Sampling', len(starts) * (steps + 1), unit=' steps', leave=None)
-    with bar:
+    generator = torch.Generator(device).manual_seed(secrets.randbits(32) if seed == -1 else seed)
+    shape = num_images, model.input_channels, size, size
+    if noise is None:
+        noise = torch.empty(shape, device=device, dtype=torch.float32).normal_(generator=generator)
+    noise = torch.as_tensor(noise)
+    if noise.shape != shape or not noise.isfinite().all():
+        raise UserError(f'noise is {tuple(noise.shape)}, but must be {shape}, and finite')
+    images, at_once = [], sample_batch(device, size)
+    starts = range(0, num_images, at_once)
+    with progress_bar('Sampling', len(starts) * (num_steps + 1), unit=' steps', leave=None) as bar:
         for first in starts:
-            batch = min(at_once, num_images - first), *shape[1:]  # (B, C, H, W)
-            if noise is None:
-                x = torch.empty(batch, dtype=torch.float32, device=device)
-                x.normal_(generator=generator)
-            else:
-                x = noise[first : first + at_once].to(device, torch.float32)
-            process = reverse_process(model, x, scheduler, num_steps, generator)
-            for t, x_t in chain([(T, x)], process):
+            x_T = noise[first : first + at_once].to(device, torch.float32)  # (B, C, H, W)
+            process = reverse_process(model, x_T, scheduler, num_steps, generator)
+            for t, x in chain([(T, x_T)], process):
                 bar.update()
                 if on_step:
-                    on_step(first, t, x_t)
-            images.append(x_t.clamp(0, 1).cpu())
+                    on_step(first, t, x)
+            images.append(x.clamp(0, 1).cpu())
     return torch.cat(images)
 
 
@@ -451,45 +414,30 @@ def inference(
     """Samples images from the EMA weights of a checkpoint and shows how they come out of noise.
 
     Returns them as `sample` does. outputs/NAME OF THE CHECKPOINT gets the grid of the first 64, the
-    reverse process of the first ten, and the animation of the first 32; more than 64 images are
-    also written one by one, as 8-bit PNG files. Grid and reverse process are shown in windows where
-    there is a screen, or in the notebook. num_steps and seed are those of `sample`; num_time_steps,
-    if given, must be the checkpoint's; ema_decay is accepted as in the article and ignored.
-    Raises UserError for a checkpoint or a setting that cannot be used.
+    reverse process of the first ten and an animation; more than 64 images are also written one by
+    one, as 8-bit PNG files. Windows or the notebook show grid and reverse process. num_steps and
+    seed are those of `sample`; num_time_steps, if given, must be the checkpoint's; ema_decay is the
+    article's and ignored. Raises UserError for an unusable checkpoint or setting.
     """
     check_arguments(inference, dict(locals()))
     path = Path(checkpoint_path or CHECKPOINT)
     model = load_model(path)
-    T, shape = model.time_steps, (model.input_channels, model.image_size, model.image_size)
+    T = model.time_steps
     if num_time_steps not in (None, T):
         raise UserError(f'num_time_steps is {num_time_steps}, but {path} was trained with {T}')
     seed = secrets.randbits(32) if seed == -1 else seed
     times = sampling_times(T, num_steps)
-    strip, animation = times_to_show(times, T)
-    shown = sorted({T, *strip, *animation}, reverse=True)
-    frames = {t: torch.zeros(min(64, num_images), *shape) for t in shown}
-    folder = writable(OUTPUTS / path.name)
-    one_by_one = writable(folder / f'{num_images}_images_seed_{seed}') if num_images > 64 else None
-
-    def keep(first, t, x):
-        if t in frames and first < len(frames[t]):
-            frames[t][first : first + len(x)] = x[: len(frames[t]) - first].cpu()
-        if one_by_one and t == times[-1]:
-            save_images(x, one_by_one, first)
-
+    pictures = Pictures(OUTPUTS / path.name, times, T, num_images, seed)
     try:
-        images = sample(model, num_images, num_steps, seed, on_step=keep)
+        images = sample(model, num_images, num_steps, seed, on_step=pictures.on_step)
     except KeyboardInterrupt:
         raise KeyboardInterrupt('stopped while sampling') from None  # a notebook prints all frames
-    where = f', one by one in {one_by_one}/' if one_by_one else ''
-    print(f'Sampled {num_images} images in {len(times)} steps with seed {seed}{where}')
-    draw_reverse_process(frames, strip, folder)
+    print(f'Sampled {num_images} images in {len(times)} steps with seed {seed}')
+    pictures.draw(images)
     return images
 
 
-# ==============================================================================================
-# EDIT HERE: the settings of the runs; then `python ddpm.py` again
-# ==============================================================================================
+# ==== EDIT HERE: the settings of the runs; then `python ddpm.py` again ============================
 
 CHECKPOINT = 'checkpoints/ddpm_checkpoint'
 FULL = dict(  # the article's run, for a machine with a CUDA GPU
@@ -539,9 +487,8 @@ SAMPLE = dict(num_images=64, num_steps=30, seed=-1)  # the same for --sample: fe
 
 def main():
     parser = argparse.ArgumentParser(
-        description='Trains a denoising diffusion model on MNIST and shows the reverse process. '
-        'With a CUDA GPU it does the full run, without one the preview. Everything else is edited '
-        'in the file, under EDIT HERE.'
+        description='Trains a denoising diffusion model on MNIST and samples from it: the full run '
+        'with a CUDA GPU, else the preview. All settings are under EDIT HERE in the file.'
     )
     choice = parser.add_mutually_exclusive_group()
     choice.add_argument('--full', action='store_true', help='the full run, also without a GPU')
@@ -566,9 +513,8 @@ def main():
             inference(settings.get('checkpoint_path'), **AFTER_TRAINING)
 
 
-# ==============================================================================================
-# Appendix: what makes it robust. The article has nothing of this, and needs none of it.
-# ==============================================================================================
+# ==== Appendix: what makes it robust ==============================================================
+# The article has nothing of this, and needs none of it.
 
 HERE = Path(__file__).resolve().parent
 PRETRAINED = HERE / 'checkpoints/mnist'
@@ -581,7 +527,7 @@ if dist.is_available() and dist.is_torchelastic_launched():
     RANK, WORLD_SIZE = (int(os.environ[name]) for name in ('RANK', 'WORLD_SIZE'))
 NETWORK_TIMEOUT = 10  # seconds without an answer
 COMPILE_FROM = 10_000  # steps of a run: fewer do not pay for the minute that compiling takes
-STRIP_TIMES = (999, 700, 550, 400, 300, 200, 100, 50, 15)  # the article's, of 1000; then x_0
+STRIP_TIMES = (999, 700, 550, 400, 300, 200, 100, 50, 15, 0)  # the article's, of 1000; 0: x_0
 PROGRESS_STEPS = 50  # of the reverse process, for the grids that show a run's progress
 # images of 32 x 32 sampled at a time: 500 take 10 GB with a UNET of full size
 SAMPLE_BATCH = {'cuda': 500, 'mps': 64, 'cpu': 64}
@@ -617,18 +563,15 @@ def one_line(error):
 
 @contextmanager
 def errors_in_one_line():
-    """The program's surroundings: streams that take any text, the processes of torchrun, and one
-    line on stderr in place of a traceback where the user can mend what is wrong."""
-    for name in ('stdout', 'stderr'):
-        if getattr(sys, name) is None:  # closed, as by `2>&-`
-            setattr(sys, name, open(os.devnull, 'w'))
-        with suppress(AttributeError):  # a notebook's streams
-            getattr(sys, name).reconfigure(errors='backslashreplace')  # for ASCII terminals
+    """Ends the program with one line on stderr, no traceback, where the user can mend what is
+    wrong; before it, joins torchrun's processes."""
     try:
         if 'kernel_launcher' in sys.argv[0]:
-            raise UserError(
-                'main() is for the shell: in a notebook call ddpm.train, ddpm.inference'
-            )
+            raise UserError('main() is for the shell: here call ddpm.train and ddpm.inference')
+        # closed streams, as by `2>&-`, swallow what is printed; ASCII terminals escape it
+        sys.stdout = sys.stdout or open(os.devnull, 'w')
+        sys.stderr = sys.stderr or open(os.devnull, 'w')
+        sys.stdout.reconfigure(errors='backslashreplace')
         init_distributed()
         yield
     except Stopped as stop:
@@ -710,36 +653,36 @@ def autocast(device):
 
 @contextmanager
 def kernels(device, deterministic):
-    """On CUDA either deterministic kernels or the fastest ones; afterwards all is as it was."""
-    cuda, cudnn, fast = torch.backends.cuda, torch.backends.cudnn, not deterministic
-    # (how to set it, what it was, what it shall be); the first keeps attention with dropout in
-    # bfloat16 on a CPU: 1.25 s a step instead of 1.47 s
-    before = cuda.fp16_bf16_reduction_math_sdp_allowed()
-    settings = [(cuda.allow_fp16_bf16_reduction_math_sdp, before, device.type == 'cpu')]
-    if device.type == 'cuda':
-        os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
-        before = torch.are_deterministic_algorithms_enabled()
-        settings += [
-            (torch.use_deterministic_algorithms, before, deterministic),
-            (partial(setattr, cudnn, 'deterministic'), cudnn.deterministic, deterministic),
-            (partial(setattr, cudnn, 'benchmark'), cudnn.benchmark, fast),
-            # these two have no deterministic backward pass; flash attention has one
-            (cuda.enable_mem_efficient_sdp, cuda.mem_efficient_sdp_enabled(), fast),
-            (cuda.enable_cudnn_sdp, cuda.cudnn_sdp_enabled(), fast),
-        ]
-    try:
-        for set_to, _, value in settings:
-            set_to(value)
+    """On CUDA either deterministic kernels or the fastest ones; everywhere float32 and gradients,
+    whatever the caller has set. Afterwards all is as it was."""
+    cuda, cudnn, attention = torch.backends.cuda, torch.backends.cudnn, nn.attention
+    dtype, half_math = torch.get_default_dtype(), cuda.fp16_bf16_reduction_math_sdp_allowed()
+    was_deterministic = torch.are_deterministic_algorithms_enabled()
+    with ExitStack() as stack:
+        stack.callback(torch.set_default_dtype, dtype)
+        stack.callback(cuda.allow_fp16_bf16_reduction_math_sdp, half_math)
+        stack.callback(torch.use_deterministic_algorithms, was_deterministic)
+        stack.enter_context(torch.inference_mode(False))
+        torch.set_default_dtype(torch.float32)
+        # keeps attention with dropout in bfloat16 on a CPU: 1.25 s a step instead of 1.47 s
+        cuda.allow_fp16_bf16_reduction_math_sdp(device.type == 'cpu')
+        if device.type == 'cuda':
+            os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
+            torch.use_deterministic_algorithms(deterministic)
+            flags = dict(enabled=True, deterministic=deterministic, benchmark=not deterministic)
+            stack.enter_context(cudnn.flags(**flags))
+            if deterministic:  # the other kernels have no deterministic backward pass
+                allowed = [attention.SDPBackend.FLASH_ATTENTION, attention.SDPBackend.MATH]
+                stack.enter_context(attention.sdpa_kernel(allowed))
         yield
-    finally:
-        for set_to, value, _ in settings:
-            set_to(value)
 
 
 def parallelize_and_compile(model, images, run):
     """The model as the training loop calls it: with gradients averaged over the processes, and
     compiled if the run is long. The weights are those of `model`."""
-    network = DistributedDataParallel(model, broadcast_buffers=False) if WORLD_SIZE > 1 else model
+    network = model
+    if WORLD_SIZE > 1:
+        network = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
     # total_steps, not what is left of them: a run that is resumed must compute as it did before
     if run.finished() or run.total_steps < COMPILE_FROM or images.device.type == 'mps':
         return network
@@ -819,7 +762,8 @@ def check_arguments(function, given):
         elif isinstance(value, int | float):
             fits = fits and low <= value <= high and value < math.inf
         if not fits:
-            limits = f' from {low} to {high}' if kind in (int, float, int | None) else ''
+            limits = f' from {low}' + (f' to {high}' if high < math.inf else '')
+            limits = limits if kind in (int, float, int | None) else ''
             kind = kind.__name__ if isinstance(kind, type) else kind
             raise UserError(f'{name} is {value!r:.99}, but must be {kind}{limits}')
 
@@ -842,7 +786,8 @@ def check_unet(unet):
     for name, wanted in right.items():
         if repr(unet[name]) != repr(wanted):  # 16.0 == 16, but makes no layer
             raise UserError(f'{name} is {unet[name]}, but must be {wanted}')
-    for name, layers in (('num_groups', Channels), ('num_heads', [*compress(Channels, flags)])):
+    with_attention = [C for C, attention in zip(Channels, flags) if attention]
+    for name, layers in (('num_groups', Channels), ('num_heads', with_attention)):
         if any(C % unet[name] for C in layers):
             raise UserError(f'{name} is {unet[name]}, but must divide each of {layers}')
 
@@ -852,9 +797,8 @@ def warn_of_few_timesteps(num_time_steps, images):
     training still sees it there, but sampling starts from noise, whose mean is 0."""
     left = DDPM_Scheduler(num_time_steps).alpha[-1].sqrt().item()
     mean = images[:: len(images) // 1000 + 1].float().mean().item() / 255
-    # of the noise's own mean over an image's pixels, in standard deviations
-    brightness = left * mean * images.shape[-1]
-    if left > 0.1 or brightness > 0.5:
+    # the brightness left, in standard deviations of the mean of the noise's pixels
+    if left > 0.1 or left * mean * images.shape[-1] > 0.5:
         print(
             f'With num_time_steps={num_time_steps} the last timestep leaves {left:.1%} of an image '
             f'(mean {mean:.2f}), but sampling starts from noise alone: samples will be dark or '
@@ -882,11 +826,11 @@ def load_images(dataset, image_size=32):
     if name == 'MNIST':
         path = DATA / 'MNIST/raw/train-images-idx3-ubyte.gz'
         try:
-            pixels = gzip.decompress(path.read_bytes())[16:]  # behind the header; checks a CRC
+            pixels = zlib.decompress(path.read_bytes(), wbits=31)[16:]  # 31: gzip's, with its CRC
             images = torch.frombuffer(bytearray(pixels), dtype=torch.uint8).reshape(-1, 28, 28)
-        except (OSError, EOFError, zlib.error, ValueError, RuntimeError) as error:
-            why = one_line(error)
-            raise UserError(f'{path} is damaged or missing ({why}): restore it') from None
+        except (OSError, zlib.error, ValueError, RuntimeError) as error:
+            why = f'{path} is damaged or missing ({one_line(error)})'
+            raise UserError(f'{why}: restore it') from None
     else:
         images = torch.as_tensor(fetch(name))
     if images.ndim == 3:
@@ -926,22 +870,21 @@ def load_folder(folder, size):
         files += [Path(place, name) for name in names if not name.startswith('.')]
     suffixes = Image.registered_extensions()
     paths = sorted(path for path in files if path.suffix.lower() in suffixes and path.is_file())
-    images, count = np.empty((len(paths), size, size, 3), np.uint8), 0  # a lack of memory shows now
     with ThreadPool() as readers:
-        pictures = readers.imap(partial(read_picture, size=size), paths, chunksize=16)
-        for picture in progress_bar(f'Reading {folder.name}', len(paths), pictures):
-            if picture is not None:
-                images[count], count = picture, count + 1
-    others = Counter(path.suffix.lower() or 'no suffix' for path in {*files} - {*paths})
-    passed_over = ', '.join(f'{n} x {kind}' for kind, n in others.most_common(9)) or 'none'
-    found = f'{count} of {len(paths)} pictures in {folder}; other files: {passed_over}'
-    if count == 0:
+        pictures = readers.imap(lambda path: read_picture(path, size), paths, chunksize=16)
+        bar = progress_bar(f'Reading {folder.name}', len(paths), pictures)
+        pictures = [picture for picture in bar if picture is not None]
+    others = {*files} - {*paths}
+    kinds = ', '.join(sorted({path.suffix.lower() or 'no suffix' for path in others})[:9])
+    found = f'{len(pictures)} of {len(paths)} pictures in {folder}; other files: {len(others)}'
+    found += f' ({kinds})' if others else ''
+    if not pictures:
         raise UserError(f'no picture that can be read: {found}')
-    if images[:count].min() == images[:count].max():
+    images = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
+    if images.min() == images.max():
         raise UserError(f'{folder} is of one plain colour (what is transparent is taken as white)')
     print(found, flush=True)
-    images = torch.from_numpy(images[:count]).permute(0, 3, 1, 2)
-    grey = all((part == part[:, :1]).all() for part in images.split(1000))
+    grey = (images == images[:, :1]).all()
     return (images[:, :1] if grey else images).contiguous()
 
 
@@ -986,15 +929,15 @@ class Run(ExitStack):
         self.path = Path(config.pop('checkpoint_path') or CHECKPOINT).expanduser()
         unet, batch_size, channels = config.pop('unet') or {}, config['batch_size'], images.shape[1]
         if batch_size > len(images) or batch_size % WORLD_SIZE:
-            limits = f'{len(images)} images and {WORLD_SIZE} processes to share a batch'
+            limits = f'{len(images)} images'
+            limits += f' for {WORLD_SIZE} processes, to share alike' if WORLD_SIZE > 1 else ''
             raise UserError(f'batch_size is {batch_size}, but {config["dataset"]} has {limits}')
-        of_data = dict(input_channels=channels, output_channels=channels)
-        of_data['time_steps'] = config['num_time_steps']
         check_arguments(UNET, unet)
-        for name, value in of_data.items():
-            if unet.get(name, value) != value:
-                raise UserError(f'unet has {name}={unet[name]}, but here it must be {value}')
-        self.unet = {**UNET_DEFAULTS, **unet, **of_data}
+        given = dict(input_channels=channels, output_channels=channels)
+        given['time_steps'] = config['num_time_steps']
+        self.unet = {**UNET_DEFAULTS, **unet, **given}
+        if {**self.unet, **unet} != self.unet:
+            raise UserError(f'unet must agree with the images and num_time_steps: {given}')
         check_unet(self.unet)
         self.image_size, halvings = images.shape[-1], len(self.unet['Channels']) // 2
         if self.image_size % 2**halvings:
@@ -1017,23 +960,16 @@ class Run(ExitStack):
 
     def __enter__(self):
         if RANK == 0:
-            self.lock()
+            try:
+                writable(self.path.parent)
+                self.enter_context(locked(f'{self.path}.lock', timeout=0))
+            except OSError as error:
+                why = f'cannot write {self.path} ({one_line(error)})'
+                if isinstance(error, Timeout):
+                    why = f'another run is using {self.path}'
+                raise UserError(f'{why}: change checkpoint_path') from None
             Path(f'{self.path.resolve()}.tmp').unlink(missing_ok=True)  # of a save that was killed
-        self.callback(torch.set_default_dtype, torch.get_default_dtype())  # whatever is set outside
-        torch.set_default_dtype(torch.float32)
-        self.enter_context(torch.inference_mode(False))  # with gradients
         return self
-
-    def lock(self):
-        try:
-            writable(self.path.parent)
-            self.enter_context(locked(f'{self.path}.lock', timeout=0))
-        except Timeout:
-            why = f'another run is using {self.path}'
-            raise UserError(f'{why}: change checkpoint_path') from None
-        except OSError as error:
-            why = f'cannot write {self.path} ({one_line(error)})'
-            raise UserError(f'{why}: change checkpoint_path') from None
 
     def __exit__(self, kind, *error):
         super().__exit__(kind, *error)  # from here on signals are the caller's again
@@ -1042,27 +978,35 @@ class Run(ExitStack):
 
     def resume(self, **parts):
         """Loads the checkpoint, if there is one, into the parts whose state it holds."""
-        self.parts = parts
-        saved = load_checkpoint(self.path, to_train=True) if self.path.exists() else None
-        losses = saved['losses'] if saved else torch.zeros(0, dtype=torch.float32)  # one a step
-        self.step = self.saved_step = len(losses)
-        # an article's checkpoint has no losses, but its Adam has counted its steps
-        self.steps_before = saved['steps_before'] if saved else 0
-        if saved:
+        self.parts, self.steps_before = parts, 0
+        self.losses = torch.zeros(0, dtype=torch.float32, device=best_device())  # one a step
+        if self.path.exists():
+            saved = load_checkpoint(self.path, to_train=True)
+            self.step = self.saved_step = len(saved['losses'])
             self.compare({**saved['unet'], **saved['config']})
             self.seed = saved['config'].get('seed', self.seed)
-            optimizer = parts['optimizer']  # its settings are this call's
-            saved['optimizer']['param_groups'] = optimizer.state_dict()['param_groups']
-            for name, part in parts.items():
-                if saved[name]:  # a scaler without float16 has no state
-                    part.load_state_dict(saved[name])
-            for parameter, state in optimizer.state.items():
-                for name in ('exp_avg', 'exp_avg_sq'):  # fused Adam needs the parameter's strides
-                    state[name] = torch.empty_like(parameter).copy_(state[name])
+            with one_line_about(self.path):
+                self.load(saved)
             print(f'{self.path}: resumed after step {self.step} of {self.total_steps}', flush=True)
         self.config['seed'] = self.seed
-        self.losses = losses.to(best_device())
         parts['ema'].module.image_size = self.image_size
+
+    def load(self, saved):
+        optimizer = self.parts['optimizer']  # its settings are this call's
+        saved['optimizer']['param_groups'] = optimizer.state_dict()['param_groups']
+        for name, part in self.parts.items():
+            if saved[name]:  # a scaler without float16 has no state
+                part.load_state_dict(saved[name])
+        for parameter, state in optimizer.state.items():
+            for name in ('exp_avg', 'exp_avg_sq'):  # fused Adam needs the parameter's strides
+                if not state[name].isfinite().all():
+                    raise ValueError(f'{name} of its optimizer is not finite')
+                state[name] = torch.empty_like(parameter).copy_(state[name].view_as(parameter))
+        # the article's code records no losses, but its Adam has counted the steps
+        steps = [int(state['step']) for state in optimizer.state.values()]
+        before = max([self.step, *steps]) - self.step
+        self.steps_before = saved.get('steps_before', before)
+        self.losses = saved['losses'].to(self.losses)
 
     def compare(self, before):
         """Raises UserError where a setting that must stay is not the checkpoint's."""
@@ -1117,11 +1061,6 @@ class Run(ExitStack):
                 if signal.getsignal(signum) is not signal.SIG_IGN:  # as under nohup
                     self.callback(signal.signal, signum, signal.signal(signum, note))
 
-    @property
-    def ema_step(self):
-        """Which update of the EMA weights is next, from 1."""
-        return self.steps_before + self.step + 1
-
     def finished(self):
         return self.step >= self.total_steps
 
@@ -1139,8 +1078,7 @@ class Run(ExitStack):
             self.exit_if_stopped()
         # the bar is redrawn a few times a second; only then is the loss read from the device
         if self.bar.update(self.config['batch_size']):
-            loss = statistics.fmean(self.recent_losses())
-            self.bar.set_postfix_str(f'loss {loss:.4f}', refresh=False)
+            self.bar.set_postfix_str(f'loss {np.mean(self.recent_losses()):.4f}', refresh=False)
         if self.step == self.first_step + 10:
             hours = (time.monotonic() - self.began) / 10 * (self.total_steps - self.step) / 3600
             if hours > 12:
@@ -1152,8 +1090,8 @@ class Run(ExitStack):
         finite, or most are far above 1, the loss of predicting nothing."""
         recent = self.losses[max(0, self.step - RECENT) : self.step].tolist()
         bad = [loss for loss in recent if not math.isfinite(loss)]
-        if len(recent) == RECENT and statistics.median(recent) > 2:
-            bad.append(statistics.median(recent))
+        if len(recent) == RECENT and np.median(recent) > 2:
+            bad.append(np.median(recent))
         if bad:
             raise self.diverged(f'its loss is {bad[0]:.3g}')
         return recent
@@ -1163,23 +1101,23 @@ class Run(ExitStack):
         return UserError(f'training has diverged at step {self.step}, {why}: lower lr{kept}')
 
     def save(self):
-        """Writes the checkpoint and the curve of the losses. Raises UserError if training has
-        diverged, or if the file cannot be written and there will be no later chance."""
+        """Writes the checkpoint and the curve of the losses; on a mere suspicion that training has
+        diverged, beside the checkpoint. Raises UserError if it certainly has, or if the file cannot
+        be written and there will be no later chance."""
         self.next_save = time.monotonic() + 60 * self.config['save_minutes']
         if RANK > 0:
             return
         recent, path = self.recent_losses(), self.path
-        loss, now = statistics.median(recent), statistics.median(recent[-5:])
         losses = self.losses[: self.step].clone().cpu()  # a view would be saved whole
         state = {name: part.state_dict() for name, part in self.parts.items()}
-        scale = state['scaler'].get('scale', 1)
-        if scale < 1 or not all_finite(state['weights']):
+        if state['scaler'].get('scale', 1) < 1 or not all_finite(state['weights']):
             raise self.diverged('its weights overflow')
-        line = f'The loss is {max(loss, now):.3g}, and predicting nothing gives 1'
-        whole = losses[: self.step // RECENT * RECENT].reshape(-1, RECENT).median(1).values
-        if now > 2 or (loss > 0.9 and (whole < 0.5).any()):  # diverged, but that is not certain
+        loss, last = np.median(recent), np.median(recent[-5:])
+        line = f'The loss is {max(loss, last):.3g}, and predicting nothing gives 1'
+        hundreds = losses[: self.step // RECENT * RECENT].reshape(-1, RECENT).median(1).values
+        if last > 2 or (loss > 0.9 and (hundreds < 0.5).any()):
             path = Path(f'{path}.suspect')
-            line = f'{line}: lower lr. Saved as {path}; {self.path} stays as it was'
+            line += f': lower lr. Saved as {path}; {self.path} stays as it was'
             tqdm.write(line, file=sys.stderr)
         elif loss > 0.9 and self.finished() and self.step >= RECENT:
             tqdm.write(f'{line}: train longer, or with another lr', file=sys.stderr)
@@ -1200,12 +1138,9 @@ class Run(ExitStack):
         if self.stop_signal:
             if self.saved_step < self.step:  # the last save has failed, or the signal came after it
                 self.save()
-            line = 'Stopped before the first step'
-            if self.step:
-                line = f'Stopped after step {self.step} of {self.total_steps}, '
-                line += f'saved in {self.saved_path}'
-                line += ': run again to resume' if self.saved_path == self.path else ''
-            raise Stopped(self.stop_signal, line)
+            saved = f'saved in {self.saved_path}' if self.step else 'nothing to save'
+            line = f'Stopped after step {self.step} of {self.total_steps}, {saved}'
+            raise Stopped(self.stop_signal, f'{line}: run again to resume')
 
     def sample_progress(self):
         """Every sample_every epochs a grid of samples, always from the same noise."""
@@ -1261,12 +1196,25 @@ def save_checkpoint(path, state):
         temporary.unlink(missing_ok=True)
 
 
+@contextmanager
+def one_line_about(path):
+    """Raises UserError in place of whatever a damaged, foreign or hostile checkpoint sets off."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise UserError(f'there is no checkpoint {path}: train first') from None
+    except Exception as error:
+        why = f'{path} is not a usable checkpoint: {one_line(error)}'
+        advice = 'It stays as it is: to start afresh, move it away or change checkpoint_path'
+        raise UserError(f'{why}. {advice}') from None
+
+
 def load_checkpoint(path, to_train=False):
     """A checkpoint as a dict: `weights`, `optimizer`, `ema`, `scaler`, `unet`, `config`, `losses`
     (one a step), `steps_before`. The article's code wrote only the first three, and sampling needs
     only `ema`, in any precision. Raises UserError for a file that is damaged or would run code."""
     path = Path(path).expanduser()
-    try:
+    with one_line_about(path):
         with zipfile.ZipFile(path) as archive:  # torch.load checks no CRC
             if part := archive.testzip():
                 raise ValueError(f'{part} in it is damaged')
@@ -1274,52 +1222,23 @@ def load_checkpoint(path, to_train=False):
         needed = ['ema', 'weights', 'optimizer'] if to_train else ['ema']
         for part in needed:
             if not isinstance(saved.get(part), dict):
-                raise ValueError(f'no entry {part}')
+                only = ', it can only be sampled from' if 'ema' in saved else ''
+                raise ValueError(f'it has no entry {part}{only}')
         saved = {'losses': torch.zeros(0, dtype=torch.float32), 'scaler': {}, **saved}
         saved['unet'] = {**UNET_DEFAULTS, **saved.get('unet', {})}
         saved['config'] = {**saved.get('config', {})}
-        with torch.device('meta'):  # shapes only
-            model = UNET(**saved['unet'])
         for part in needed[:2]:
-            # the names that DistributedDataParallel, torch.compile and ModelEmaV3 put before
-            tensors = {
-                re.sub(r'^((module|_orig_mod)\.)*', '', name): tensor.float()
-                for name, tensor in saved[part].items()
-            }
-            model.load_state_dict(tensors, assign=True)  # raises where names or shapes differ
+            prefix, tensors = 'module.' if part == 'ema' else '', {}
+            for name, tensor in saved[part].items():
+                # put before it by DistributedDataParallel, torch.compile and ModelEmaV3
+                name = name.replace('module.', '').replace('_orig_mod.', '')
+                tensors[prefix + name] = tensor.float()
             if not all_finite(tensors):
                 raise ValueError(f'{part} is not finite')
             saved[part] = tensors
-        saved['ema'] = {f'module.{name}': tensor for name, tensor in saved['ema'].items()}
-        if to_train:
-            check_optimizer(saved, [*model.parameters()])
-    except FileNotFoundError:
-        raise UserError(f'there is no checkpoint {path}: train first') from None
-    except Exception as error:  # whatever a damaged or hostile file sets off
-        why = f'{path} is not a usable checkpoint: {one_line(error)}'
-        advice = 'It stays as it is: to start afresh, move it away or change checkpoint_path'
-        raise UserError(f'{why}. {advice}') from None
+        if to_train and not 0 < saved['scaler'].get('scale', 1) < math.inf:
+            raise ValueError('the scale of its gradients is not a number above 0')
     return saved
-
-
-def check_optimizer(saved, parameters):
-    """Raises ValueError unless a checkpoint can be trained on: Adam's state must be that of its
-    UNET's parameters, and the losses and the gradient scaler's scale must be numbers."""
-    moments = saved['optimizer']['state']
-    if moments and list(moments) != list(range(len(parameters))):
-        raise ValueError('its optimizer is not that of its UNET')
-    steps = [0]
-    for state, parameter in zip(moments.values(), parameters):
-        state['step'] = torch.as_tensor(state['step'], dtype=torch.float32)  # once it was an int
-        steps.append(int(state['step'].item()))  # raises for nan, and for more than one number
-        for name in ('exp_avg', 'exp_avg_sq'):
-            if state[name].shape != parameter.shape or not state[name].isfinite().all():
-                raise ValueError(f'{name} of its optimizer is not finite, or of another shape')
-    losses, scale = saved['losses'], saved['scaler'].get('scale', 1.0)
-    if losses.ndim != 1 or losses.dtype != torch.float32 or not 0 < scale < math.inf:
-        raise ValueError('its losses or its scale are no float32 numbers')
-    # of the article's code, which recorded no losses
-    saved.setdefault('steps_before', max(0, max(steps) - len(losses)))
 
 
 # ---- Pictures: each run has a folder of its own, and what it holds is printed -------------------
@@ -1349,72 +1268,92 @@ def sample_batch(device, size):
 def grid(x, columns=8):
     """(B, C, H, W) in [0, 1] -> one PIL picture, twice as large."""
     x = F.interpolate(x.float(), scale_factor=2)
-    return to_pil_image(make_grid(to_uint8(x).cpu(), columns, pad_value=255)[: x.shape[1]])
-
-
-def save_images(x, folder, first):
-    """(B, C, H, W) -> 8-bit PNG files, numbered from `first`, as FID tools take them."""
-    for i, image in enumerate(to_uint8(x).cpu(), first):
-        to_pil_image(image).save(folder / f'{i:06d}.png')
+    return to_pil_image(utils.make_grid(to_uint8(x).cpu(), columns, pad_value=255)[: x.shape[1]])
 
 
 def times_to_show(times, T):
     """Of the timesteps of a reverse process those of the strip and those of the animation. For T =
     1000 the strip's are the article's. Others are even steps of sqrt(alpha-bar), what is left of
     the image, so that one sees it come; an animation in steps of t is mostly noise."""
-    left = DDPM_Scheduler(T).alpha.sqrt().tolist()
+    left = DDPM_Scheduler(T).alpha[times].sqrt()
 
-    def nearest(wanted, of):
-        return list(dict.fromkeys(min(times, key=lambda t: abs(of(t) - w)) for w in wanted))
+    def nearest(values, wanted):
+        return [times[i] for i in (values[:, None] - wanted).abs().argmin(0).unique()]
 
     def even(count):
-        return nearest(np.linspace(left[times[0]], left[times[-1]], count), left.__getitem__)
+        return nearest(left, torch.linspace(left[0].item(), left[-1].item(), count))
 
-    strip = nearest(STRIP_TIMES, lambda t: t) if T == 1000 else even(10)
-    return list(dict.fromkeys([*strip, times[-1]])), even(40)
+    strip = nearest(torch.tensor(times), torch.tensor(STRIP_TIMES)) if T == 1000 else even(10)
+    return strip, even(40)
 
 
-def draw_reverse_process(frames, strip, folder):
-    """frames: {t: (B, C, H, W)} from noise, t = T, to images; strip: the timesteps to show side by
-    side, the last of which is shown as x_0."""
-    T, last = max(frames), frames[strip[-1]]
-    replaced = ', in place of earlier ones' if (folder / 'grid.png').exists() else ''
-    grid(last).save(folder / 'grid.png')
-    animation = []
-    for t, x in frames.items():
-        picture = grid(x[:32])
-        framed = Image.new(picture.mode, (picture.width, picture.height + 16), 'white')
-        framed.paste(picture, (0, 16))
-        text = f't = {t}' if t > strip[-1] else 'x_0'
-        ImageDraw.Draw(framed).text((3, 2), text if t < T else f't = {T}, noise', 'black')
-        animation.append(framed.quantize(32 if x.shape[1] == 1 else 64))  # noise compresses badly
-    durations = [80] * (len(animation) - 1) + [2500]
-    how = dict(save_all=True, append_images=animation[1:], duration=durations, loop=0)
-    animation[0].save(folder / 'reverse.gif', **how)
+class Pictures:
+    """What `inference` shows of a reverse process: `on_step` collects it, `draw` saves it."""
 
-    rows = min(10, len(last))
-    size = 0.6 * len(strip), 0.6 * rows + 0.25  # inches
-    figure, axes = plt.subplots(rows, len(strip), figsize=size, squeeze=False)
-    figure.subplots_adjust(0, 0, 1, 1 - 0.25 / size[1], wspace=0.05, hspace=0.05)
-    for i, row in enumerate(axes):
-        display_reverse([frames[t][i] for t in strip], row)
-    for ax, t in zip(axes[0], strip):
-        ax.set_title(f't = {t}' if t != strip[-1] else '$x_0$', fontsize=8, pad=3)
-    figure.savefig(folder / 'reverse.png', dpi=100)
-    print(f'Saved in {folder}/{replaced}: grid.png, reverse.png, reverse.gif', flush=True)
-    if plt.get_backend().lower() != 'agg':  # a screen, or a notebook
-        ax = plt.figure(figsize=(5, 5)).add_axes((0, 0, 1, 1), xticks=[], yticks=[])
-        ax.imshow(grid(last), cmap='gray')
-        plt.show()
-        plt.close(ax.figure)
-    plt.close(figure)
+    def __init__(self, folder, times, T, num_images, seed):
+        self.folder, self.last = writable(folder), times[-1]
+        self.strip, animation = times_to_show(times, T)
+        self.shown = {T, *self.strip, *animation}
+        self.frames = {}  # t -> list of (B, C, H, W), of the first images
+        self.files = None  # where more images than the grid shows are written one by one
+        if num_images > 64:
+            self.files = writable(folder / f'{num_images}_images_seed_{seed}')
+
+    def on_step(self, first, t, x):
+        if first < 32 and t in self.shown:
+            self.frames.setdefault(t, []).append(x[:32].cpu())
+        if self.files and t == self.last:  # 8 bits, as FID tools take them
+            for i, image in enumerate(to_uint8(x).cpu(), first):
+                to_pil_image(image).save(self.files / f'{i:06d}.png')
+
+    def draw(self, images):
+        """Saves the grid of the first 64, the strips of the first ten and the animation; shows
+        them in windows or a notebook."""
+        replaced = ', in place of earlier ones' if (self.folder / 'grid.png').exists() else ''
+        picture = grid(images[:64])
+        picture.save(self.folder / 'grid.png')
+        frames = {t: torch.cat(parts)[:32] for t, parts in self.frames.items()}
+        self.animate(frames, self.folder / 'reverse.gif')
+        columns, rows = len(self.strip), min(10, len(images))
+        size = 0.6 * columns, 0.6 * rows + 0.25  # inches
+        figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False)
+        figure.subplots_adjust(0, 0, 1, 1 - 0.25 / size[1], wspace=0.05, hspace=0.05)
+        for i, row in enumerate(axes):
+            display_reverse([frames[t][i] for t in self.strip], row)
+        for ax, t in zip(axes[0], self.strip):
+            ax.set_title(self.title(t), fontsize=8, pad=3)
+        figure.savefig(self.folder / 'reverse.png', dpi=100)
+        print(f'Saved in {self.folder}/{replaced}: grid.png, reverse.png, reverse.gif', flush=True)
+        if self.files:
+            print(f'One by one in {self.files}/')
+        if plt.get_backend().lower() != 'agg':  # a screen, or a notebook
+            ax = plt.figure(figsize=(5, 5)).add_axes((0, 0, 1, 1), xticks=[], yticks=[])
+            ax.imshow(picture, cmap='gray')
+            plt.show()
+            plt.close(ax.figure)
+        plt.close(figure)
+
+    def animate(self, frames, path):
+        pictures = []
+        for t, x in frames.items():
+            picture = grid(x)
+            frame = Image.new(picture.mode, (picture.width, picture.height + 16), 'white')
+            frame.paste(picture, (0, 16))
+            ImageDraw.Draw(frame).text((3, 2), self.title(t), 'black')
+            pictures.append(frame.quantize(32 if x.shape[1] == 1 else 64))  # noise compresses badly
+        durations = [80] * (len(pictures) - 1) + [2500]  # ms
+        how = dict(save_all=True, append_images=pictures[1:], duration=durations, loop=0)
+        pictures[0].save(path, **how)
+
+    def title(self, t):
+        return 'x_0' if t == self.last else f't = {t}'
 
 
 def draw_losses(losses, steps_per_epoch, folder):
     """losses, one a step -> loss.png, the curve of their means over a 50th of an epoch."""
     window = max(1, steps_per_epoch // 50)
     means = losses[: len(losses) // window * window].reshape(-1, window).mean(1)
-    figure = Figure(figsize=(6, 3.5), layout='tight')
+    figure = plt.Figure(figsize=(6, 3.5), layout='tight')
     ax = figure.subplots()
     epochs = torch.arange(1, len(means) + 1) * window / steps_per_epoch
     ax.plot(epochs, means, color='black', linewidth=1)

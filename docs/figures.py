@@ -95,20 +95,20 @@ def jump(scheduler, x, t, eps):
 @cache
 def article_samples():
     """16 images in all 500 steps: the grid and the film of `inference`, and a strip."""
-    outputs, draw, kept = ddpm.OUTPUTS, ddpm.draw_reverse_process, {}
+    outputs, draw, kept = ddpm.OUTPUTS, ddpm.Pictures.draw, {}
 
-    def draw_and_keep(frames, strip, folder):
-        kept.update({t: frames[t] for t in strip})
-        draw(frames, strip, folder)
+    def draw_and_keep(pictures, images):
+        kept.update({t: pictures.frames[t][0] for t in pictures.strip})
+        draw(pictures, images)
 
-    ddpm.OUTPUTS, ddpm.draw_reverse_process = Path(tempfile.mkdtemp()), draw_and_keep
+    ddpm.OUTPUTS, ddpm.Pictures.draw = Path(tempfile.mkdtemp()), draw_and_keep
     try:
         images = ddpm.inference(ddpm.PRETRAINED, num_images=16, seed=0)
         for name in ('grid.png', 'reverse.gif'):
             shutil.copy(ddpm.OUTPUTS / ddpm.PRETRAINED.name / name, FOLDER / name)
     finally:
         shutil.rmtree(ddpm.OUTPUTS)
-        ddpm.OUTPUTS, ddpm.draw_reverse_process = outputs, draw
+        ddpm.OUTPUTS, ddpm.Pictures.draw = outputs, draw
     rows = [[kept[t][i] for t in kept] for i in range(5)]
     titles = [f't={t}' for t in kept][:-1] + ['$x_0$']
     save_rows('reverse', rows, [''] * 5, titles, left=0.05)

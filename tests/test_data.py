@@ -506,8 +506,7 @@ def test_files_that_are_passed_over_are_counted_by_kind_in_one_line(tmp_path, ca
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text('')
     assert len(ddpm.load_images(str(tmp_path))) == 2
-    others = '3 x .heic, 2 x .npy, 1 x no suffix'
-    found = f'2 of 3 pictures in {tmp_path}; other files: {others}'
+    found = f'2 of 3 pictures in {tmp_path}; other files: 6 (.heic, .npy, no suffix)'
     assert capsys.readouterr().out.splitlines() == [found]
 
 

@@ -324,7 +324,8 @@ def test_sample_starts_from_the_noise_that_is_given(checkpoint, num_steps):
 
 @pytest.mark.parametrize('given', [True, False])
 def test_batches_follow_each_other(checkpoint, monkeypatch, given):
-    """Nine images, four at a time: each batch goes on with the generator of the one before."""
+    """Nine images, four at a time: all of x_T is drawn first, then each batch goes on with the
+    generator of the one before."""
     model, noise = ddpm.load_model(checkpoint), torch.randn(9, 1, 16, 16)
     monkeypatch.setitem(ddpm.SAMPLE_BATCH, 'cpu', 1)  # of 32 x 32
     seen = []
@@ -334,9 +335,10 @@ def test_batches_follow_each_other(checkpoint, monkeypatch, given):
 
     images = ddpm.sample(model, 9, 3, seed=4, noise=noise if given else None, on_step=on_step)
     draws, expected = torch.Generator().manual_seed(4), []
+    if not given:
+        noise = torch.randn(9, 1, 16, 16, generator=draws)
     for i in (0, 4, 8):
-        x = noise[i : i + 4] if given else torch.randn(min(4, 9 - i), 1, 16, 16, generator=draws)
-        scheduler = ddpm.DDPM_Scheduler(20)
+        x, scheduler = noise[i : i + 4], ddpm.DDPM_Scheduler(20)
         steps = list(ddpm.reverse_process(model, x, scheduler, 3, draws))
         expected += [(i, 20, x), *((i, *step) for step in steps)]
     assert [step[:2] for step in seen] == [step[:2] for step in expected]

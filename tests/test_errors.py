@@ -99,8 +99,8 @@ def test_other_arguments_that_cannot_be(workdir, monkeypatch):
         ddpm.train(**{**TINY, 'unet': {'channels': [8, 16]}})
     with pytest.raises(ValueError, match="UNET takes no 'x', only Channels, Attentions, "):
         ddpm.train(**{**TINY, 'unet': {'x': 1}})
-    for name, value, right in (('input_channels', 3, 1), ('time_steps', 30, 20)):
-        wanted = f'unet has {name}={value}, but here it must be {right}'
+    for name, value in (('input_channels', 3), ('output_channels', 3), ('time_steps', 30)):
+        wanted = 'unet must agree with .*input_channels.: 1, .output_channels.: 1, .time_steps.: 20'
         with pytest.raises(ValueError, match=wanted):
             ddpm.train(**{**TINY, 'unet': {**SMALL, name: value}})
     with pytest.raises(ValueError, match='cannot write /proc/no/such/checkpoint'):
@@ -211,13 +211,15 @@ BROKEN = {  # for training and for sampling
     'a weight less': (changed(lambda s: s['ema'].pop(f'module.{WEIGHT}') is s), 'Missing key'),
     'shape': (
         set_entry('ema', f'module.{WEIGHT}', value=torch.zeros(2, 2)),
-        f'size mismatch for {WEIGHT}',
+        f'size mismatch for (module.)?{WEIGHT}',
     ),
     'NaN average': (
         set_entry('ema', f'module.{WEIGHT}', value=lambda w: w * NAN),
         'ema is not finite',
     ),
     'a string for a tensor': (set_entry('ema', f'module.{WEIGHT}', value='x'), USABLE),
+}
+OF_NO_UNET = {  # training first says that it is not this run's
     'no UNET at all': (set_entry('unet', value={'Channels': []}), USABLE),
     'another UNET': (set_entry('unet', 'num_groups', value=3), 'num_groups is 3, but must divide'),
 }
@@ -243,20 +245,14 @@ ONLY_TO_SAMPLE = {  # it needs nothing but the EMA weights
     ),
     'moment shape': (
         set_entry(*STATE, 'exp_avg', value=torch.zeros(1)),
-        'exp_avg of its optimizer is .* of another shape',
-    ),
-    'a moment less': (
-        changed(lambda s: s['optimizer']['state'].pop(3) is s),
-        'its optimizer is not that of its UNET',
+        USABLE,
     ),
     'a string for the step': (set_entry(*STATE, 'step', value='x'), USABLE),
     'a NaN for the step': (set_entry(*STATE, 'step', value=torch.tensor(NAN)), USABLE),
     'three steps': (set_entry(*STATE, 'step', value=torch.ones(3)), USABLE),
-    'losses in two columns': (set_entry('losses', value=torch.zeros(3, 2)), 'its losses or'),
-    'losses in float64': (set_entry('losses', value=torch.Tensor.double), 'its losses or'),
     'a string for the losses': (set_entry('losses', value='abc'), USABLE),
-    'a NaN for the scale': (set_entry('scaler', value={'scale': NAN}), 'its scale are no float32'),
-    'a scale of 0': (set_entry('scaler', value={'scale': 0.0}), 'its scale are no float32'),
+    'a NaN for the scale': (set_entry('scaler', value={'scale': NAN}), 'the scale of its'),
+    'a scale of 0': (set_entry('scaler', value={'scale': 0.0}), 'the scale of its'),
 }
 
 
@@ -301,6 +297,16 @@ def test_a_broken_checkpoint_is_refused_and_left_alone(workdir, good, make, word
     assert_refused(lambda: ddpm.train(**{**TINY, 'num_epochs': 6}), content, words)
     assert_refused(lambda: ddpm.inference('checkpoints/tiny', num_steps=3), content, words)
     assert not Path('outputs').exists()
+
+
+@pytest.mark.parametrize('make, words', OF_NO_UNET.values(), ids=OF_NO_UNET)
+def test_a_checkpoint_of_no_unet_is_refused(workdir, good, make, words):
+    content = make(good)
+    put(content)
+    assert_refused(lambda: ddpm.load_model('checkpoints/tiny'), content, words)
+    with pytest.raises(ddpm.UserError, match='is from a run with'):
+        ddpm.train(**{**TINY, 'num_epochs': 6})
+    assert Path('checkpoints/tiny').read_bytes() == content
 
 
 @pytest.mark.parametrize('make, words', ONLY_TO_SAMPLE.values(), ids=ONLY_TO_SAMPLE)

@@ -30,7 +30,7 @@ EDITS = f'{TINY_PREVIEW}\nddpm.PREVIEW.update(num_epochs={EPOCHS}, save_minutes=
 # would take longer than all else
 SLOW = f"""{EDITS}
 import os, time, torch
-ddpm.draw_reverse_process = lambda *a: None
+ddpm.Pictures.draw = lambda *a: None
 ddpm.draw_losses = lambda *a: None
 save, replace = torch.save, os.replace
 
@@ -405,7 +405,7 @@ def test_the_program_ends_with_the_code_of_the_signal(tmp_path, signum):
 def test_ctrl_c_while_sampling_ends_the_program_with_130(tmp_path):
     edits = f'{TINY_PREVIEW}\nimport os, signal\n'
     edits += 'signal.signal(signal.SIGINT, signal.default_int_handler)\n'  # as Python starts
-    edits += 'ddpm.draw_reverse_process = lambda *a: os.kill(os.getpid(), signal.SIGINT)'
+    edits += 'ddpm.Pictures.draw = lambda *a: os.kill(os.getpid(), signal.SIGINT)'
     done = run_program(tmp_path, edits, '--preview')
     assert done.returncode == 130
     assert done.stderr.splitlines()[-1] == 'Stopped.'

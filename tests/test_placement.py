@@ -110,8 +110,9 @@ def watch(workdir, monkeypatch):
         assert x.device.type == 'cpu'
         return Image.new('L', (8, 8))
 
-    def draw(frames, *_, **__):
-        assert all(x.device.type == 'cpu' for x in frames.values())
+    def draw(pictures, images):
+        kept = [x for parts in pictures.frames.values() for x in parts]
+        assert kept and all(x.device.type == 'cpu' for x in [images, *kept])
 
     def average(model, *decay, **warmup):
         make = ema if next(model.parameters()).is_cuda else really(ema)
@@ -138,7 +139,8 @@ def watch(workdir, monkeypatch):
         stubs[name] = really(getattr(ddpm, name))
     stubs |= dict(best_device=lambda: GPU, ModelEmaV3=average, to_pil_image=picture)
     stubs |= dict(respace=respace, kernels=MagicMock())
-    stubs |= dict(draw_losses=MagicMock(), draw_reverse_process=draw)
+    stubs |= dict(draw_losses=MagicMock())
+    monkeypatch.setattr(ddpm.Pictures, 'draw', draw)
     stubs |= dict(save_checkpoint=save, load_checkpoint=lambda path, **_: saved[Path(path)])
     for name, stub in stubs.items():
         monkeypatch.setattr(ddpm, name, stub)

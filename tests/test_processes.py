@@ -135,7 +135,7 @@ def test_a_batch_that_cannot_be_shared(tmp_path):
     process = start(tmp_path, 2, 'ddpm.PREVIEW["batch_size"] = 9')
     _, err = process.communicate(timeout=120)
     assert process.returncode != 0
-    line = 'ddpm.py: batch_size is 9, but Few has 36 images and 2 processes to share a batch'
+    line = 'ddpm.py: batch_size is 9, but Few has 36 images for 2 processes, to share alike'
     assert err.count(line) == 1
 
 
@@ -166,7 +166,7 @@ def test_what_is_compiled_is_the_wrapped_model(monkeypatch):
             calls.append(x.shape)
             return self.module(x, t)
 
-    monkeypatch.setattr(ddpm, 'DistributedDataParallel', Wrapper)
+    monkeypatch.setattr(torch.nn.parallel, 'DistributedDataParallel', Wrapper)
     monkeypatch.setattr(ddpm, 'WORLD_SIZE', 2)
     model, images = small_unet(), torch.zeros(9, 1, 32, 32, dtype=torch.uint8)
     run = SimpleNamespace(total_steps=10**6, config={'batch_size': 4}, finished=lambda: False)

@@ -112,7 +112,7 @@ def test_the_strip_shows_the_articles_times(workdir, monkeypatch):
     ddpm.train(**{**TINY, 'num_time_steps': 1000, 'num_epochs': 1})
     seen = {}
     monkeypatch.setattr(
-        ddpm, 'draw_reverse_process', lambda frames, strip, _: seen.update(f=frames, s=strip)
+        ddpm.Pictures, 'draw', lambda self, images: seen.update(f=self.frames, s=self.strip)
     )
 
     def process(model, x, scheduler, num_steps=None, generator=None):
@@ -122,8 +122,8 @@ def test_the_strip_shows_the_articles_times(workdir, monkeypatch):
     monkeypatch.setattr(ddpm, 'reverse_process', process)
     ddpm.inference('checkpoints/tiny')
     assert seen['s'] == [999, 700, 550, 400, 300, 200, 100, 50, 15, 0]
-    assert all((seen['f'][t] == t).all() for t in seen['s'])
-    assert seen['f'][999].shape == (64, 1, 32, 32)
+    assert all((seen['f'][t][0] == t).all() for t in seen['s'])
+    assert [x.shape for x in seen['f'][999]] == [(32, 1, 32, 32)]
     assert [*seen['f']] == sorted(seen['f'], reverse=True) and max(seen['f']) == 1000
 
 
@@ -281,20 +281,23 @@ def test_many_images_are_files_of_eight_bits(workdir, monkeypatch, float32, batc
     assert len({file.tobytes() for file in files}) == 90  # each batch has noise of its own
 
 
-@pytest.mark.parametrize('at_once', [30, 40, 100])
-def test_the_pictures_hold_64_images_of_however_many_batches(
+@pytest.mark.parametrize('at_once', [6, 30, 40, 100])
+def test_the_pictures_hold_as_many_images_of_however_many_batches(
     workdir, monkeypatch, batches, at_once
 ):
-    """Large images are sampled a few at a time: every one of them is shown."""
+    """Large images are sampled a few at a time: the grid has 64 and the animation 32 of them."""
     ddpm.train(**{**TINY, 'num_epochs': 1})
     monkeypatch.setattr(ddpm, 'SAMPLE_BATCH', {'cpu': at_once})
-    shown = {}
-    monkeypatch.setattr(ddpm, 'draw_reverse_process', lambda frames, *_: shown.update(frames))
-    ddpm.inference('checkpoints/tiny', num_images=70, num_steps=3)
+    shown, grids, grid = {}, [], ddpm.grid
+    monkeypatch.setattr(ddpm.Pictures, 'animate', lambda _, frames, path: shown.update(frames))
+    monkeypatch.setattr(ddpm, 'grid', lambda x: grids.append(x) or grid(x))
+    images = ddpm.inference('checkpoints/tiny', num_images=70, num_steps=3)
+    assert torch.equal(images, torch.cat(batches).clamp(0, 1))
+    assert torch.equal(grids[0], images[:64])
     assert [*shown] == [20, 19, 10, 0]  # the noise, and every step
-    assert all(x.shape == (64, 1, 32, 32) for x in shown.values())
-    assert torch.equal(shown[0], torch.cat(batches)[:64])
-    assert all(len(x.flatten(1).unique(dim=0)) == 64 for x in shown.values())
+    assert all(x.shape == (32, 1, 32, 32) for x in shown.values())
+    assert torch.equal(shown[0], torch.cat(batches)[:32])
+    assert all(len(x.flatten(1).unique(dim=0)) == 32 for x in shown.values())
 
 
 @pytest.mark.parametrize(
