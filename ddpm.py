@@ -33,10 +33,11 @@ from itertools import chain
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
-# read when torch loads OpenMP: idle threads sleep, else a busy neighbour slows training 30-fold
+# read when torch loads OpenMP: idle threads sleep instead of spinning, which beside another busy
+# process made training 30 times slower
 os.environ.setdefault('GOMP_SPINCOUNT', '10000')
 if os.environ.get('MPLBACKEND', '').startswith('module://') and 'ipykernel' not in sys.modules:
-    del os.environ['MPLBACKEND']  # a notebook's, of no use to a program started from there
+    del os.environ['MPLBACKEND']  # a notebook's, which `!python ddpm.py` inherits and cannot use
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -78,7 +79,7 @@ class SinusoidalEmbeddings(nn.Module):
 
 class ResBlock(nn.Module):
     """Adds the time embedding, then two normalised 3x3 convolutions beside a skip. A layer of C
-    channels sees the first C columns of the time table: its fastest sinusoids."""
+    channels sees the first C columns of the time table: its highest frequencies."""
 
     def __init__(self, C: int, num_groups: int, dropout_prob: float):
         super().__init__()
@@ -150,9 +151,9 @@ class UNET(nn.Module):
     """eps_theta(x, t): predicts the noise in x.
 
     The first half of the layers goes down and keeps skips, the second half comes up and joins them:
-    with the defaults at 32, 16, 8, 4, 8 and 16 pixels. A layer down hands on twice its channels, a
-    layer up half of them beside a skip: 512/2 + 256 = 512, 512/2 + 128 = 384. Raises UserError (a
-    ValueError) where the arguments do not fit together.
+    with the defaults at 32, 16, 8, 4, 8 and 16 pixels. A layer of C channels outputs 2C on the way
+    down and C/2 on the way up, where the skip's channels join them: 512/2 + 256 = 512, 512/2 + 128
+    = 384. Raises UserError (a ValueError) where the arguments do not fit together.
     """
 
     def __init__(
@@ -222,7 +223,7 @@ class DDPM_Scheduler(nn.Module):
 
 
 def set_seed(seed: int = 42):
-    """Seeds torch, CUDA, numpy and random, and has cuDNN compute the same thing every time."""
+    """Seeds torch, CUDA, numpy and random, and makes cuDNN deterministic."""
     torch.manual_seed(seed)
     torch.cuda.manual_seed_all(seed)
     np.random.seed(seed)
@@ -232,8 +233,8 @@ def set_seed(seed: int = 42):
 
 
 def diffusion_loss(model, scheduler, x, t, eps):
-    """The mean square error of the predicted noise (paper eq. 14), a float32 scalar. A model that
-    predicts nothing, 0 everywhere, has a loss of 1.
+    """The mean square error of the predicted noise (paper eq. 14), a float32 scalar. Predicting
+    eps = 0 gives a loss of 1.
 
     x (B, C, H, W) images in [0, 1], t (B,) timesteps, eps (B, C, H, W) ~ N(0, I). The noise is
     predicted rather than the image: the two follow from each other by eq. 4, and this weighting of
@@ -291,7 +292,7 @@ def train(
         ema = ModelEmaV3(model, ema_decay, use_warmup=True, warmup_gamma=10, warmup_power=1)
         run.resume(weights=model, optimizer=optimizer, ema=ema, scaler=scaler)
         images = images.to(device)
-        network = parallelize_and_compile(model, images, run)  # the same weights
+        network = parallelize_and_compile(model, images, run)  # shares the weights of model
 
         for epoch in run.epochs():
             # instead of a DataLoader: all images are on the device, in a new order every epoch
@@ -338,8 +339,8 @@ def reverse_process(model, x, scheduler, num_steps: int | None = None, generator
             eps = model(x, torch.full((len(x),), t, device=x.device)).float()
         x = (x - beta[i] / (1 - abar[i]).sqrt() * eps) / (1 - beta[i]).sqrt()  # Alg. 2, line 4
         yield t, x
-        # a step ends in a draw from a Gaussian, not in its mean: that is what makes it sampling,
-        # and without it only fragments come out; after the last step the mean is the image
+        # each step but the last samples from a Gaussian around this mean; without its noise only
+        # fragments come out, and after the last step the mean is the image
         if t != times[-1]:
             x = x + sigma[i] * torch.empty_like(x).normal_(generator=generator)
 
@@ -348,7 +349,7 @@ def load_model(checkpoint_path: str | Path):
     """The UNET of a checkpoint with its EMA weights, in eval mode on the best device, for `sample`.
     It knows its `time_steps` and `image_size`. Raises UserError for an unusable checkpoint."""
     saved = load_checkpoint(checkpoint_path)
-    # initial weights are drawn, but not from the caller's generator
+    # UNET() draws initial weights: the caller's random state stays as it was
     with one_line_about(checkpoint_path), torch.random.fork_rng([]):
         ema = ModelEmaV3(UNET(**saved['unet']).float())
         ema.load_state_dict(saved['ema'])
@@ -361,9 +362,9 @@ def sample(
 ):
     """Images from a model of `load_model`: (N, C, H, W) float32 in [0, 1], on the CPU.
 
-    num_steps: of the reverse process (None: all). seed: of the noise; -1 draws one, and another
-    num_images gives other images. noise (N, C, H, W): start from this x_T instead. on_step(first,
-    t, x), if given, sees each batch: the index of its first image, and x at t = T (the noise) and
+    num_steps: of the reverse process (None: all). seed: of the noise; -1 draws one, and the images
+    depend on num_images as well. noise (N, C, H, W): start from this x_T instead. on_step(first, t,
+    x), if given, sees each batch: the index of its first image, and x at t = T (the noise) and
     after every step. Raises UserError for an argument out of range.
     """
     check_arguments(sample, dict(num_images=num_images, num_steps=num_steps, seed=seed))
@@ -442,13 +443,13 @@ def inference(
 CHECKPOINT = 'checkpoints/ddpm_checkpoint'
 FULL = dict(  # the article's run, for a machine with a CUDA GPU
     checkpoint_path=CHECKPOINT,
-    dataset='MNIST',  # FashionMNIST, KMNIST, QMNIST, CIFAR10 or a folder; another checkpoint_path
+    dataset='MNIST',  # FashionMNIST, KMNIST, QMNIST, CIFAR10 or a folder; with it checkpoint_path
     image_size=32,  # of a folder's pictures; a multiple of 8, since UNET halves them three times
     num_epochs=75,
     batch_size=64,
     lr=2e-5,  # of Adam, constant
-    ema_decay=0.9999,  # at most: it warms up, so that samples come from the last tenth of the run
-    num_time_steps=1000,  # fewer leave too much of a bright image at the last one
+    ema_decay=0.9999,  # at most; with its warm-up the average covers the last tenth of the run
+    num_time_steps=1000,  # with fewer, bright images are still visible at the last one
     unet=dict(),  # what differs from UNET's defaults
     lr_decay=False,  # True: a short warm-up, then down to 0; the article's lr is constant
     beta2=0.999,  # torch's default
@@ -563,25 +564,22 @@ def one_line(error):
 
 @contextmanager
 def errors_in_one_line():
-    """Ends the program with one line on stderr, no traceback, where the user can mend what is
-    wrong; before it, joins torchrun's processes."""
+    """Joins torchrun's processes, runs the program, and turns errors that the user can mend into
+    one line on stderr and exit code 1."""
     try:
         if 'kernel_launcher' in sys.argv[0]:
-            raise UserError('main() is for the shell: here call ddpm.train and ddpm.inference')
+            raise UserError('main() is for the shell: in a notebook call ddpm.train and inference')
         # closed streams, as by `2>&-`, swallow what is printed; ASCII terminals escape it
         sys.stdout = sys.stdout or open(os.devnull, 'w')
         sys.stderr = sys.stderr or open(os.devnull, 'w')
         sys.stdout.reconfigure(errors='backslashreplace')
         init_distributed()
         yield
-    except Stopped as stop:
-        print(f'\n{stop}', flush=True)
-        sys.exit(stop.code)
-    except KeyboardInterrupt:
-        print('\nStopped.', file=sys.stderr)
-        sys.exit(130)
+    except KeyboardInterrupt as stop:
+        print(f'\n{str(stop) or "Stopped."}', flush=True)
+        sys.exit(getattr(stop, 'code', 130))
     except Exception as error:
-        if RANK > 0:  # process 0 mostly says the same first, and then torchrun ends this one
+        if RANK > 0:  # mostly process 0 reports the same first, and torchrun ends this one
             time.sleep(10)
             sys.stderr = sys.__stderr__
         line = one_line(error)
@@ -601,7 +599,7 @@ def progress_bar(name, total, iterable=None, **options):
 
 
 def write(line):
-    """Prints a line above the bars; in a notebook to their stream, else they would multiply."""
+    """Prints a line above the bars; in a notebook on stderr: stdout starts new bars."""
     tqdm.write(line, file=sys.stderr if NOTEBOOK else sys.stdout)
 
 
@@ -671,7 +669,7 @@ def kernels(device, deterministic):
             torch.use_deterministic_algorithms(deterministic)
             flags = dict(enabled=True, deterministic=deterministic, benchmark=not deterministic)
             stack.enter_context(cudnn.flags(**flags))
-            if deterministic:  # the other kernels have no deterministic backward pass
+            if deterministic:  # the other kernels of attention may not be
                 allowed = [attention.SDPBackend.FLASH_ATTENTION, attention.SDPBackend.MATH]
                 stack.enter_context(attention.sdpa_kernel(allowed))
         yield
@@ -688,7 +686,7 @@ def parallelize_and_compile(model, images, run):
         return network
     print('Compiling the UNET ...', flush=True)
     network.compile()
-    try:  # a whole step, so that what cannot be compiled shows here
+    try:  # a whole step, so that an error of the compiler shows up here
         x = to_input(images[: run.config['batch_size'] // WORLD_SIZE])
         with autocast(x.device):
             network(x, torch.zeros(len(x), dtype=torch.long, device=x.device)).mean().backward()
@@ -700,7 +698,7 @@ def parallelize_and_compile(model, images, run):
 
 
 def fold_in(*numbers):
-    """One seed from several whole numbers; if one of them differs, an unrelated seed."""
+    """Hashes whole numbers into one seed; if one of them differs, it is an unrelated seed."""
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 
@@ -713,8 +711,8 @@ def lr_schedule(step, total_steps):
 
 
 def sampling_times(num_time_steps: int, num_steps: int | None = None) -> list:
-    """num_steps timesteps (None: all) from T-1 down to 0, evenly spread. Raises UserError unless
-    num_steps is in 1 .. T."""
+    """num_steps timesteps (None: all) from T-1 down to 0, evenly spread; one is T-1. Raises
+    UserError unless num_steps is in 1 .. T."""
     num_steps = num_time_steps if num_steps is None else num_steps
     if num_steps not in range(1, num_time_steps + 1):
         raise UserError(f'num_steps is {num_steps!r}, but must be from 1 to {num_time_steps}')
@@ -724,9 +722,10 @@ def sampling_times(num_time_steps: int, num_steps: int | None = None) -> list:
 def respace(scheduler, times):
     """beta, alpha-bar and sigma for the steps of a reverse process through these timesteps.
 
-    All of them: the article's, with sigma_t^2 = beta_t. Fewer: each is one longer step, whose beta
-    is that of the steps in one; sigma^2 is then beta-tilde, the paper's other choice and the better
-    one for long steps. This is DDIM with eta = 1 (Song et al. 2021, eq. 16).
+    All of them: the article's, with sigma_t^2 = beta_t. Fewer: each is one longer step, whose beta,
+    1 - abar_t / abar_next, is that of all the steps it replaces; sigma^2 is then beta-tilde, the
+    paper's other choice and the better one for long steps. This is DDIM with eta = 1 (Song et al.
+    2021, eq. 16).
     """
     beta, abar = scheduler(times)
     if len(times) == len(scheduler.beta):
@@ -807,7 +806,7 @@ def warn_of_few_timesteps(num_time_steps, images):
         )
 
 
-# ---- Data: MNIST comes with the repository; other files are used if there, else fetched --------
+# ---- Data: MNIST comes with the repository; others are read from data/, or else fetched ---------
 
 
 def load_images(dataset, image_size=32):
@@ -929,9 +928,10 @@ class Run(ExitStack):
         self.path = Path(config.pop('checkpoint_path') or CHECKPOINT).expanduser()
         unet, batch_size, channels = config.pop('unet') or {}, config['batch_size'], images.shape[1]
         if batch_size > len(images) or batch_size % WORLD_SIZE:
-            limits = f'{len(images)} images'
-            limits += f' for {WORLD_SIZE} processes, to share alike' if WORLD_SIZE > 1 else ''
-            raise UserError(f'batch_size is {batch_size}, but {config["dataset"]} has {limits}')
+            limits = f'at most {len(images)}, the number of images'
+            if WORLD_SIZE > 1:
+                limits += f', and a multiple of {WORLD_SIZE}, that of the processes'
+            raise UserError(f'batch_size is {batch_size}, but must be {limits}')
         check_arguments(UNET, unet)
         given = dict(input_channels=channels, output_channels=channels)
         given['time_steps'] = config['num_time_steps']
@@ -968,7 +968,7 @@ class Run(ExitStack):
                 if isinstance(error, Timeout):
                     why = f'another run is using {self.path}'
                 raise UserError(f'{why}: change checkpoint_path') from None
-            Path(f'{self.path.resolve()}.tmp').unlink(missing_ok=True)  # of a save that was killed
+            Path(f'{self.path.resolve()}.tmp').unlink(missing_ok=True)  # left by a killed save
         return self
 
     def __exit__(self, kind, *error):
@@ -992,7 +992,7 @@ class Run(ExitStack):
         parts['ema'].module.image_size = self.image_size
 
     def load(self, saved):
-        optimizer = self.parts['optimizer']  # its settings are this call's
+        optimizer = self.parts['optimizer']  # its hyperparameters come from this call
         saved['optimizer']['param_groups'] = optimizer.state_dict()['param_groups']
         for name, part in self.parts.items():
             if saved[name]:  # a scaler without float16 has no state
@@ -1013,7 +1013,7 @@ class Run(ExitStack):
         for name, now in {**self.config, **self.unet}.items():
             then = before.get(name, now)
             if then == now or name == 'dataset' or (name == 'seed' and now == -1):
-                continue  # whatever a dataset is called, its images must be the same
+                continue  # not the dataset's name, its images must be the same: `data`
             if name not in MAY_CHANGE:
                 raise UserError(
                     f'{self.path} is from a run with {name}={then!r:.99}, this one has '
@@ -1041,7 +1041,7 @@ class Run(ExitStack):
             write(f'Epoch {epoch + 1} | Loss {self.losses[first:end].mean().item():.5f}')
         if self.saved_path != self.path:
             last = f'Its last step is in {self.saved_path}'
-            raise UserError(f'training has diverged, it seems: lower lr. {last}')
+            raise UserError(f'training has probably diverged: lower lr. {last}')
         done = self.step // self.steps_per_epoch
         write(f'{self.path}: trained for {done} epochs; a larger num_epochs trains on')
 
@@ -1054,7 +1054,7 @@ class Run(ExitStack):
                 os.write(2, b'\nStopping: finishing the step and saving ...\n')
 
         if WORLD_SIZE > 1:
-            return  # they would stop at different steps: there the last save stands
+            return  # each would stop at another step: with several, the last save stands
         for name in ('SIGINT', 'SIGTERM', 'SIGHUP'):
             signum = getattr(signal, name, signal.SIGINT)  # Windows has no SIGHUP
             with suppress(ValueError):  # in a thread, where handlers cannot be set
@@ -1069,7 +1069,7 @@ class Run(ExitStack):
         loss = loss.detach() / WORLD_SIZE
         if WORLD_SIZE > 1:
             dist.all_reduce(loss)
-        if self.parts['scaler'].is_enabled():  # it skips a step that overflows: so do the losses
+        if self.parts['scaler'].is_enabled():  # it skips a step that overflows
             loss = torch.where(loss.isfinite(), loss, self.losses[max(0, self.step - 1)])
         self.losses[self.step] = loss
         self.step += 1
@@ -1097,23 +1097,23 @@ class Run(ExitStack):
         return recent
 
     def diverged(self, why):
-        kept = f'. {self.path} is as it was last saved' if self.path.exists() else ''
+        kept = f'. {self.path} still holds the last save' if self.path.exists() else ''
         return UserError(f'training has diverged at step {self.step}, {why}: lower lr{kept}')
 
     def save(self):
-        """Writes the checkpoint and the curve of the losses; on a mere suspicion that training has
-        diverged, beside the checkpoint. Raises UserError if it certainly has, or if the file cannot
-        be written and there will be no later chance."""
+        """Writes the checkpoint, or X.suspect beside it where training may have diverged, and the
+        curve of the losses. Raises UserError if training has certainly diverged, or if the file
+        cannot be written and there will be no later chance."""
         self.next_save = time.monotonic() + 60 * self.config['save_minutes']
         if RANK > 0:
             return
         recent, path = self.recent_losses(), self.path
-        losses = self.losses[: self.step].clone().cpu()  # a view would be saved whole
+        losses = self.losses[: self.step].clone().cpu()  # torch.save writes a view's whole storage
         state = {name: part.state_dict() for name, part in self.parts.items()}
         if state['scaler'].get('scale', 1) < 1 or not all_finite(state['weights']):
             raise self.diverged('its weights overflow')
         loss, last = np.median(recent), np.median(recent[-5:])
-        line = f'The loss is {max(loss, last):.3g}, and predicting nothing gives 1'
+        line = f'The loss is {max(loss, last):.3g}; a model that has learned nothing has 1'
         hundreds = losses[: self.step // RECENT * RECENT].reshape(-1, RECENT).median(1).values
         if last > 2 or (loss > 0.9 and (hundreds < 0.5).any()):
             path = Path(f'{path}.suspect')
@@ -1138,9 +1138,8 @@ class Run(ExitStack):
         if self.stop_signal:
             if self.saved_step < self.step:  # the last save has failed, or the signal came after it
                 self.save()
-            saved = f'saved in {self.saved_path}' if self.step else 'nothing to save'
-            line = f'Stopped after step {self.step} of {self.total_steps}, {saved}'
-            raise Stopped(self.stop_signal, f'{line}: run again to resume')
+            line = f'Stopped after step {self.step} of {self.total_steps}, saved in '
+            raise Stopped(self.stop_signal, f'{line}{self.saved_path}: run again to resume')
 
     def sample_progress(self):
         """Every sample_every epochs a grid of samples, always from the same noise."""
@@ -1222,20 +1221,19 @@ def load_checkpoint(path, to_train=False):
         needed = ['ema', 'weights', 'optimizer'] if to_train else ['ema']
         for part in needed:
             if not isinstance(saved.get(part), dict):
-                only = ', it can only be sampled from' if 'ema' in saved else ''
+                only = ', it can only be sampled from' if part != 'ema' else ''
                 raise ValueError(f'it has no entry {part}{only}')
         saved = {'losses': torch.zeros(0, dtype=torch.float32), 'scaler': {}, **saved}
         saved['unet'] = {**UNET_DEFAULTS, **saved.get('unet', {})}
         saved['config'] = {**saved.get('config', {})}
         for part in needed[:2]:
-            prefix, tensors = 'module.' if part == 'ema' else '', {}
-            for name, tensor in saved[part].items():
-                # put before it by DistributedDataParallel, torch.compile and ModelEmaV3
-                name = name.replace('module.', '').replace('_orig_mod.', '')
-                tensors[prefix + name] = tensor.float()
-            if not all_finite(tensors):
+            if not all_finite(saved[part]):
                 raise ValueError(f'{part} is not finite')
-            saved[part] = tensors
+            prefix = 'module.' if part == 'ema' else ''  # of ModelEmaV3
+            saved[part] = {  # without those of DistributedDataParallel and torch.compile
+                prefix + name.replace('module.', '').replace('_orig_mod.', ''): tensor.float()
+                for name, tensor in saved[part].items()
+            }
         if to_train and not 0 < saved['scaler'].get('scale', 1) < math.inf:
             raise ValueError('the scale of its gradients is not a number above 0')
     return saved

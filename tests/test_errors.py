@@ -93,7 +93,9 @@ def test_a_setting_of_sampling_out_of_range_is_named(workdir, good, name, value)
 
 
 def test_other_arguments_that_cannot_be(workdir, monkeypatch):
-    with pytest.raises(ValueError, match='batch_size is 13, but Few has 12 images'):
+    with pytest.raises(
+        ValueError, match='batch_size is 13, but must be at most 12, the number of images'
+    ):
         ddpm.train(**{**TINY, 'batch_size': 13})
     with pytest.raises(ValueError, match="UNET takes no 'channels'; did you mean Channels?"):
         ddpm.train(**{**TINY, 'unet': {'channels': [8, 16]}})
@@ -124,7 +126,9 @@ def test_other_arguments_that_cannot_be(workdir, monkeypatch):
 
 def test_an_empty_dataset(workdir, monkeypatch):
     monkeypatch.setattr(ddpm, 'load_images', lambda *_: few_images()[:0])
-    with pytest.raises(ValueError, match='batch_size is 4, but Few has 0 images'):
+    with pytest.raises(
+        ValueError, match='batch_size is 4, but must be at most 0, the number of images'
+    ):
         ddpm.train(**TINY)
 
 
@@ -426,7 +430,7 @@ def train_with_losses(monkeypatch, *values, earlier=0, save_at=(), **changes):
         ddpm.train(**{**TINY, 'num_epochs': (earlier + len(values)) // 3, **changes})
 
 
-SUSPECT = 'training has diverged, it seems: lower lr. Its last step is in checkpoints/tiny.suspect'
+SUSPECT = 'training has probably diverged: lower lr. Its last step is in checkpoints/tiny.suspect'
 
 
 @pytest.mark.parametrize('bad', [NAN, INF])
@@ -486,7 +490,7 @@ def test_a_loss_back_at_that_of_predicting_nothing_is_saved_beside(
     err = capfd.readouterr().err
     assert (
         err.count(
-            f'The loss is {now:.3g}, and predicting nothing gives 1: lower lr. Saved as '
+            f'The loss is {now:.3g}; a model that has learned nothing has 1: lower lr. Saved as '
             'checkpoints/tiny.suspect; checkpoints/tiny stays as it was'
         )
         == 1
@@ -507,7 +511,7 @@ def test_bad_losses_in_the_last_steps_are_saved_beside(saves, monkeypatch, capfd
     with pytest.raises(ddpm.UserError, match=SUSPECT):
         train_with_losses(monkeypatch, *values)
     assert saves == [('tiny.suspect', len(values))]
-    assert 'The loss is 3, and predicting nothing gives 1' in capfd.readouterr().err
+    assert 'The loss is 3; a model that has learned nothing has 1' in capfd.readouterr().err
 
 
 def test_a_run_stopped_in_a_suspect_state_says_where_it_is(saves, monkeypatch, capfd):
@@ -546,10 +550,8 @@ def test_a_loss_that_never_fell_is_saved_and_said_at_the_end(saves, monkeypatch,
     train_with_losses(monkeypatch, *[1.0] * 204, save_at=[102])
     assert saves == [('tiny', 102), ('tiny', 204)]
     err = capfd.readouterr().err
-    assert (
-        err.count('The loss is 1, and predicting nothing gives 1: train longer, or with another lr')
-        == 1
-    )
+    told = 'The loss is 1; a model that has learned nothing has 1: train longer, or with another'
+    assert err.count(told) == 1
 
 
 def test_a_run_too_short_to_learn_is_not_said_to_have_learned_nothing(saves, monkeypatch, capfd):

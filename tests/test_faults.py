@@ -408,7 +408,7 @@ def test_ctrl_c_while_sampling_ends_the_program_with_130(tmp_path):
     edits += 'ddpm.Pictures.draw = lambda *a: os.kill(os.getpid(), signal.SIGINT)'
     done = run_program(tmp_path, edits, '--preview')
     assert done.returncode == 130
-    assert done.stderr.splitlines()[-1] == 'Stopped.'
+    assert done.stdout.splitlines()[-1] == 'Stopped.'
     assert 'Traceback' not in done.stderr
 
 

@@ -135,7 +135,7 @@ def test_a_batch_that_cannot_be_shared(tmp_path):
     process = start(tmp_path, 2, 'ddpm.PREVIEW["batch_size"] = 9')
     _, err = process.communicate(timeout=120)
     assert process.returncode != 0
-    line = 'ddpm.py: batch_size is 9, but Few has 36 images for 2 processes, to share alike'
+    line = 'ddpm.py: batch_size is 9, but must be at most 36, the number of images, and a multi'
     assert err.count(line) == 1
 
 

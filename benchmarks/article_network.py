@@ -1,0 +1,156 @@
+"""The article's own network on a CPU: FULL's 35 million weights, for two of its 75 epochs.
+
+    python benchmarks/article_network.py train     hours; run again to resume
+    python benchmarks/article_network.py article   the article's own loop, from the same weights
+    python benchmarks/article_network.py show      64 digits in 50 and in 1000 steps, attention
+    python benchmarks/quality.py checkpoints/article_network --samples 1000 --steps 50
+
+What they find is gathered in benchmarks/results/article-network.json; `show` also draws
+assets/article_network.png. The learning rate is ten times the article's, which is made for 75
+epochs, and decays. The article's loop runs under autocast like ours, else it would take three times
+as long; all else in it is the article's.
+"""
+
+import datetime
+import json
+import resource
+import shutil
+import sys
+import time
+from pathlib import Path
+from unittest import mock
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from PIL import Image
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), str(HERE.parent)]
+import full_run  # noqa: E402
+import speed  # noqa: E402
+
+import ddpm  # noqa: E402
+
+PATH = Path('checkpoints/article_network')
+RESULT = HERE / 'results/article-network.json'
+SETTINGS = dict(
+    checkpoint_path=str(PATH),
+    num_epochs=2,
+    lr=2e-4,
+    lr_decay=True,
+    seed=0,
+    save_minutes=15,
+    sample_every=0.5,
+)
+ARTICLE_STEPS = 200
+SMOOTH = 10  # losses in one point of a curve
+
+
+def note(**figures):
+    known = json.loads(RESULT.read_text()) if RESULT.exists() else {}
+    about = dict(date=datetime.date.today().isoformat(), machine=speed.processor())
+    about |= dict(torch=torch.__version__, threads=torch.get_num_threads())
+    for name, value in figures.items():
+        known[name] = dict(**about, **value)
+    RESULT.write_text(json.dumps(known, indent=1) + '\n')
+
+
+def means(losses):
+    """Of SMOOTH losses each."""
+    losses = torch.as_tensor(losses)
+    return losses[: len(losses) // SMOOTH * SMOOTH].reshape(-1, SMOOTH).mean(1).tolist()
+
+
+def train():
+    began, first = time.monotonic(), []
+    step_done = ddpm.Run.step_done
+
+    def counted(run, loss):
+        first.append(run.step)
+        step_done(run, loss)
+
+    try:
+        with mock.patch.object(ddpm.Run, 'step_done', counted):
+            ddpm.train(**{**ddpm.FULL, **SETTINGS})
+    finally:
+        hours = (time.monotonic() - began) / 3600
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+        print(f'{len(first)} steps in {hours:.2f} hours, peak memory {memory:.1f} GB')
+        saved = ddpm.load_checkpoint(PATH, to_train=True)
+        sitting = dict(steps=[*first[:1], *first[-1:]], hours=hours, memory_GB=memory)
+        before = json.loads(RESULT.read_text()).get('training', {}) if RESULT.exists() else {}
+        sittings = [*before.get('sittings', []), sitting]
+        config, losses = saved['config'], means(saved['losses'])
+        note(training=dict(config=config, sittings=sittings, losses_in_tens=losses))
+
+
+def article():
+    """The article's loop on the same data from the same weights; its order and noise differ."""
+    ddpm.set_seed(SETTINGS['seed'])
+    loop = speed.Article(speed.SIZES['full'], torch.device('cpu'))
+    losses, criterion = [], loop.criterion
+
+    def kept(*pair):
+        losses.append(criterion(*pair))
+        return losses[-1]
+
+    loop.criterion = kept
+    steps, began = loop.training(ddpm.FULL['batch_size']), time.monotonic()
+    with ddpm.autocast(loop.device), ddpm.progress_bar('Article', ARTICLE_STEPS) as bar:
+        for _ in range(ARTICLE_STEPS):
+            next(steps)
+            bar.update()
+    seconds = (time.monotonic() - began) / ARTICLE_STEPS
+    losses = means(torch.stack(losses).detach())
+    note(article=dict(lr=2e-5, seconds_a_step=seconds, losses_in_tens=losses))
+
+
+def show():
+    saved, strips = ddpm.load_checkpoint(PATH, to_train=True), {}
+    with mock.patch.dict(ddpm.FULL, checkpoint_path=str(PATH)):
+        note(attention=full_run.attention_of_the_weights(batches=5))
+    for steps in (50, 1000):
+        began = time.monotonic()
+        ddpm.inference(PATH, num_steps=steps, seed=0)
+        note(**{f'sampling in {steps}': dict(images=64, seconds=time.monotonic() - began)})
+        folder = ddpm.OUTPUTS / PATH.name
+        for name in ('grid.png', 'reverse.png', 'reverse.gif'):
+            shutil.copy(folder / name, folder / f'{steps}-{name}')
+        strips[steps] = folder / f'{steps}-reverse.png'
+    draw(saved, strips, HERE.parent / 'assets/article_network.png')
+
+
+def draw(saved, strips, path):
+    """The losses, the progress grids in order of time, and both reverse processes."""
+    known, per_epoch = json.loads(RESULT.read_text()), 60000 // ddpm.FULL['batch_size']
+    grids = sorted((ddpm.OUTPUTS / PATH.name / 'progress').glob('*.png'))
+    figure = plt.figure(figsize=(10, 8.2), layout='constrained')
+    above, middle, below = figure.subfigures(3, 1, height_ratios=[2.4, 2.2, 5])
+    ax = above.subplots()
+    for name, label in (
+        ('training', f'ddpm.train, lr {SETTINGS["lr"]:g}'),
+        ('article', 'the article’s loop, lr 2e-5'),
+    ):
+        losses = known.get(name, {}).get('losses_in_tens', [])
+        ax.plot(np.arange(1, len(losses) + 1) * SMOOTH / per_epoch, losses, label=label, lw=1)
+    ax.set(xlabel='epoch', ylabel='mean square error', yscale='log')
+    ax.legend()
+    for ax, grid in zip(middle.subplots(1, len(grids), squeeze=False)[0], grids):
+        ax.imshow(Image.open(grid), cmap='gray')
+        ax.set_title(f'{float(grid.stem.split("_")[1]):g} epochs', fontsize=9)
+        ax.axis('off')
+    for ax, (steps, strip) in zip(below.subplots(1, len(strips)), strips.items()):
+        ax.imshow(Image.open(strip))
+        ax.set_title(f'{steps} steps', fontsize=9)
+        ax.axis('off')
+    figure.savefig(path, dpi=110)
+
+
+if __name__ == '__main__':
+    parts = dict(train=train, article=article, show=show)
+    if sys.argv[1:2] and sys.argv[1] in parts:
+        with ddpm.errors_in_one_line():
+            parts[sys.argv[1]]()
+    else:
+        sys.exit(__doc__)
