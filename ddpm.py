@@ -79,7 +79,7 @@ class SinusoidalEmbeddings(nn.Module):
 
 class ResBlock(nn.Module):
     """Adds the time embedding, then two normalised 3x3 convolutions beside a skip. A layer of C
-    channels sees the first C columns of the time table: its highest frequencies."""
+    channels sees the first C columns of the time table, the highest frequencies."""
 
     def __init__(self, C: int, num_groups: int, dropout_prob: float):
         super().__init__()
@@ -172,7 +172,7 @@ class UNET(nn.Module):
         super().__init__()
         self.num_layers = len(Channels)
         self.input_channels, self.time_steps = input_channels, time_steps
-        self.image_size = 32  # of the images it is trained on, for `sample`
+        self.image_size = 32  # for `sample`; train and load_model set it
         out_channels = Channels[-1] // 2 + Channels[0]
         self.shallow_conv = nn.Conv2d(input_channels, Channels[0], kernel_size=3, padding=1)
         self.late_conv = nn.Conv2d(out_channels, out_channels // 2, kernel_size=3, padding=1)
@@ -204,7 +204,7 @@ class DDPM_Scheduler(nn.Module):
     """The variances beta of the forward process, rising linearly from 1e-4 to 0.02, and `alpha`,
     the article's name for the paper's alpha-bar: the cumulative product of 1 - beta.
 
-    sqrt(alpha[t]) is how much of an image is left at step t. Its last value must be near 0 (0.006
+    sqrt(alpha[t]) is how much of an image is left at step t. At the last it must be near 0 (0.006
     for 1000 steps), since sampling starts from noise alone. The first steps are small, since what
     they destroy is the finest detail."""
 
@@ -263,7 +263,7 @@ def train(
     beta2: float = 0.999,
     image_size: int = 32,
 ):
-    """Algorithm 1 of the paper, for num_epochs epochs in total, earlier starts included.
+    """Algorithm 1 of the paper, until num_epochs epochs are done, those of a resumed run included.
 
     If the file checkpoint_path (None: checkpoints/ddpm_checkpoint) exists, its run is resumed,
     exactly as if it had never stopped. It is saved every save_minutes, at the end, and when Ctrl-C,
@@ -281,7 +281,7 @@ def train(
     images = load_images(dataset, image_size)  # (N, C, H, W) uint8
     with Run(config, images) as run:  # locks the checkpoint
         device = best_device()
-        set_seed(run.seed)
+        set_seed(run.seed)  # of the initial weights
         run.enter_context(kernels(device, deterministic=seed != -1))
         model = to_device(UNET(**run.unet), device)
         scheduler = DDPM_Scheduler(num_time_steps).to(device)
@@ -309,7 +309,7 @@ def train(
                 t = torch.randint(num_time_steps, (batch_size,), device=device)
                 eps = torch.randn_like(x)
                 share = slice(RANK, None, WORLD_SIZE)
-                if RANK > 0:  # dropout masks of its own
+                if RANK > 0:  # process 0 goes on as one would; the others need other dropout masks
                     torch.manual_seed(fold_in(run.seed, 1 + RANK, run.step))
                 loss = diffusion_loss(network, scheduler, x[share], t[share], eps[share])
                 optimizer.zero_grad()
@@ -326,7 +326,7 @@ def train(
 @torch.no_grad()
 def reverse_process(model, x, scheduler, num_steps: int | None = None, generator=None):
     """Algorithm 2 of the paper: turns noise into images; yields (t, x) after every step, from
-    t = T-1 down to 0, x before the noise of that step is added.
+    t = T-1 down to 0; x is the mean of the step, to which its noise is added afterwards.
 
     x (B, C, H, W) ~ N(0, I), on the device of model and scheduler; generator: of the noise, on the
     same device. num_steps is how many of the T steps to take (None: all), see `respace`.
@@ -364,8 +364,8 @@ def sample(
 
     num_steps: of the reverse process (None: all). seed: of the noise; -1 draws one, and the images
     depend on num_images as well. noise (N, C, H, W): start from this x_T instead. on_step(first, t,
-    x), if given, sees each batch: the index of its first image, and x at t = T (the noise) and
-    after every step. Raises UserError for an argument out of range.
+    x), if given, is called for each batch, whose first image has the index `first`: with the noise,
+    t = T, then after every step. Raises UserError for an argument out of range.
     """
     check_arguments(sample, dict(num_images=num_images, num_steps=num_steps, seed=seed))
     device, size, T = next(model.parameters()).device, model.image_size, model.time_steps
@@ -448,8 +448,8 @@ FULL = dict(  # the article's run, for a machine with a CUDA GPU
     num_epochs=75,
     batch_size=64,
     lr=2e-5,  # of Adam, constant
-    ema_decay=0.9999,  # at most; with its warm-up the average covers the last tenth of the run
-    num_time_steps=1000,  # with fewer, bright images are still visible at the last one
+    ema_decay=0.9999,  # at most; with its warm-up the average covers the last tenth of this run
+    num_time_steps=1000,  # with fewer, bright images are still visible at the last timestep
     unet=dict(),  # what differs from UNET's defaults
     lr_decay=False,  # True: a short warm-up, then down to 0; the article's lr is constant
     beta2=0.999,  # torch's default
@@ -495,23 +495,24 @@ def main():
     choice.add_argument('--full', action='store_true', help='the full run, also without a GPU')
     choice.add_argument('--preview', action='store_true', help='the preview, also with a GPU')
     text = 'only sample, from this checkpoint or the weights that come with the repository'
-    choice.add_argument('--sample', nargs='?', const=PRETRAINED, metavar='CHECKPOINT', help=text)
+    default = SAMPLE.get('checkpoint_path', PRETRAINED)
+    choice.add_argument('--sample', nargs='?', const=default, metavar='CHECKPOINT', help=text)
     with errors_in_one_line():
         args = parser.parse_args()
         check_arguments(inference, SAMPLE)
         check_arguments(inference, AFTER_TRAINING)
-        if args.sample is not None:
-            inference(args.sample, **SAMPLE)
-            return
-        full = args.full or (torch.cuda.is_available() and not args.preview)
-        if not (full or args.preview):
-            print('No CUDA GPU here: this is the preview. --full trains for days on a CPU.')
-        settings = FULL if full else PREVIEW
-        check_arguments(train, settings)
-        sampling_times(settings.get('num_time_steps', 1000), AFTER_TRAINING.get('num_steps'))
-        train(**settings)
+        path, sampling = args.sample, SAMPLE
+        if path is None:
+            full = args.full or (torch.cuda.is_available() and not args.preview)
+            if not (full or args.preview):
+                print('No CUDA GPU here: this is the preview. --full trains for days on a CPU.')
+            settings, sampling = FULL if full else PREVIEW, AFTER_TRAINING
+            check_arguments(train, settings)
+            sampling_times(settings.get('num_time_steps', 1000), sampling.get('num_steps'))
+            train(**settings)
+            path = settings.get('checkpoint_path')
         if RANK == 0:
-            inference(settings.get('checkpoint_path'), **AFTER_TRAINING)
+            inference(**{**sampling, 'checkpoint_path': path})
 
 
 # ==== Appendix: what makes it robust ==============================================================
@@ -539,7 +540,7 @@ RANGES = {  # (lowest, highest); numbers that are not listed must be at least 1
     **dict.fromkeys(('lr', 'ema_decay', 'dropout_prob'), (0, 1)),
     **dict.fromkeys(('sample_every', 'save_minutes'), (0, math.inf)),
     'num_time_steps': (2, math.inf),
-    'beta2': (0.1, 0.999999),  # at 0 Adam divides by 0
+    'beta2': (0.1, 0.999999),  # at 0 a zero gradient leaves only Adam's eps to divide by
     'seed': (-1, 2**32 - 1),
 }
 MAY_CHANGE = ('num_epochs', 'lr', 'lr_decay', 'beta2', 'ema_decay', 'save_minutes', 'sample_every')
@@ -583,9 +584,11 @@ def errors_in_one_line():
             time.sleep(10)
             sys.stderr = sys.__stderr__
         line = one_line(error)
-        if 'allocate' in str(error):  # in torch's words for it, on CUDA and on a CPU
+        if isinstance(error, UserError):
+            line = str(error)  # whole
+        elif 'allocate' in line:  # in torch's words for it, on CUDA and on a CPU
             line = 'out of memory: lower batch_size, num_images or Channels, under EDIT HERE'
-        elif not isinstance(error, UserError | OSError | MemoryError):
+        elif not isinstance(error, OSError | MemoryError):
             raise
         sys.exit(f'ddpm.py: {line}')
 
@@ -711,8 +714,8 @@ def lr_schedule(step, total_steps):
 
 
 def sampling_times(num_time_steps: int, num_steps: int | None = None) -> list:
-    """num_steps timesteps (None: all) from T-1 down to 0, evenly spread; one is T-1. Raises
-    UserError unless num_steps is in 1 .. T."""
+    """num_steps timesteps (None: all) from T-1 down to 0, evenly spread; if num_steps is 1,
+    only T-1. Raises UserError unless num_steps is in 1 .. T."""
     num_steps = num_time_steps if num_steps is None else num_steps
     if num_steps not in range(1, num_time_steps + 1):
         raise UserError(f'num_steps is {num_steps!r}, but must be from 1 to {num_time_steps}')
@@ -735,7 +738,7 @@ def respace(scheduler, times):
     return beta, abar, (beta * (1 - abar_next) / (1 - abar)).sqrt()
 
 
-# ---- Checks: a bad setting is named, with what would be right, before any work is done ---------
+# ---- Checks: a bad setting is named, with what would be right, before training ------------------
 
 
 def did_you_mean(word, choices):
@@ -774,7 +777,9 @@ def check_unet(unet):
     Channels, Attentions, Upscales = unet['Channels'], unet['Attentions'], unet['Upscales']
     n, half = len(Channels), len(Channels) // 2
     if n < 2 or n % 2 or not n == len(Attentions) == len(Upscales):
-        raise UserError('Channels, Attentions and Upscales must be lists of one even length')
+        lengths = f'{n}, {len(Attentions)} and {len(Upscales)}'
+        why = f'Channels, Attentions and Upscales are {lengths} long'
+        raise UserError(f'{why}, but must have the same length, an even number')
     if type(Channels[0]) is not int or Channels[0] < 1:
         raise UserError(f'Channels[0] is {Channels[0]!r}, but must be a whole number from 1')
     widths = [Channels[0] * 2**i for i in range(half + 1)]  # each layer down doubles
@@ -801,7 +806,7 @@ def warn_of_few_timesteps(num_time_steps, images):
         print(
             f'With num_time_steps={num_time_steps} the last timestep leaves {left:.1%} of an image '
             f'(mean {mean:.2f}), but sampling starts from noise alone: samples will be dark or '
-            'noisy. num_time_steps=1000 leaves 0.6%.',
+            'noisy. More timesteps leave less; 1000 leave 0.6%.',
             flush=True,
         )
 
@@ -822,6 +827,8 @@ def load_images(dataset, image_size=32):
         raise UserError(f'dataset is {str(dataset)!r}: no such dataset or folder{hint}')
     if image_size != 32:
         raise UserError(f'image_size is {image_size}, but that of {name} is always 32')
+    if Path(dataset).is_dir():
+        print(f'{dataset} is the dataset {name} here, not the folder ./{dataset}')
     if name == 'MNIST':
         path = DATA / 'MNIST/raw/train-images-idx3-ubyte.gz'
         try:
@@ -859,7 +866,7 @@ def load_folder(folder, size):
     """Every picture below a folder, in the order of their paths: the middle square, resized to
     (size, size); grey if all are. Hidden files and this program's outputs are passed over."""
     files, seen = [], {OUTPUTS.resolve()}
-    for place, folders, names in os.walk(folder, followlinks=True):
+    for place, folders, names in os.walk(folder, onerror=leave_out, followlinks=True):
         real = Path(place).resolve()
         if real in seen:  # outputs, or a link that leads back
             folders.clear()
@@ -903,7 +910,12 @@ def read_picture(path, size):
             ground = Image.new('RGBA', picture.size, 'white')  # behind what is transparent
             return np.asarray(Image.alpha_composite(ground, picture).convert('RGB'))
     except Exception as error:  # each format has errors of its own
-        tqdm.write(f'{path} is left out: {one_line(error)}', file=sys.stderr)
+        leave_out(error, path)
+
+
+def leave_out(error, path=None):
+    path = path or error.filename
+    tqdm.write(f'{path} is left out: {one_line(error)}', file=sys.stderr)
 
 
 def to_input(images):
@@ -932,6 +944,8 @@ class Run(ExitStack):
             if WORLD_SIZE > 1:
                 limits += f', and a multiple of {WORLD_SIZE}, that of the processes'
             raise UserError(f'batch_size is {batch_size}, but must be {limits}')
+        if self.path.resolve() == (OUTPUTS / self.path.name).resolve():
+            raise UserError(f'{self.path} is where its pictures go: change checkpoint_path')
         check_arguments(UNET, unet)
         given = dict(input_channels=channels, output_channels=channels)
         given['time_steps'] = config['num_time_steps']
@@ -1039,7 +1053,7 @@ class Run(ExitStack):
             self.bar.set_description(f'Epoch {epoch + 1}/{epochs}')
             yield epoch
             write(f'Epoch {epoch + 1} | Loss {self.losses[first:end].mean().item():.5f}')
-        if self.saved_path != self.path:
+        if self.saved_path != self.path:  # X.suspect
             last = f'Its last step is in {self.saved_path}'
             raise UserError(f'training has probably diverged: lower lr. {last}')
         done = self.step // self.steps_per_epoch
@@ -1082,7 +1096,7 @@ class Run(ExitStack):
         if self.step == self.first_step + 10:
             hours = (time.monotonic() - self.began) / 10 * (self.total_steps - self.step) / 3600
             if hours > 12:
-                write(f'{hours / 24:.1f} days to go; the settings of PREVIEW suit a CPU')
+                write(f'{hours / 24:.1f} days to go; fewer num_epochs or Channels take less')
         self.sample_progress()
 
     def recent_losses(self):
@@ -1138,8 +1152,10 @@ class Run(ExitStack):
         if self.stop_signal:
             if self.saved_step < self.step:  # the last save has failed, or the signal came after it
                 self.save()
-            line = f'Stopped after step {self.step} of {self.total_steps}, saved in '
-            raise Stopped(self.stop_signal, f'{line}{self.saved_path}: run again to resume')
+            line = f'Stopped after step {self.step} of {self.total_steps}, '
+            line += f'saved in {self.saved_path}'
+            line += ': run again to resume' if self.saved_path == self.path else ''
+            raise Stopped(self.stop_signal, line)
 
     def sample_progress(self):
         """Every sample_every epochs a grid of samples, always from the same noise."""
@@ -1159,7 +1175,7 @@ class Run(ExitStack):
 
 @contextmanager
 def locked(path, timeout=-1):
-    """Holds a lock on a file and removes it; where the file system has no locks, a line says so.
+    """Holds a lock file, then deletes it; where the file system has no locks, a line says so.
     Raises Timeout if another process has it for longer than `timeout` seconds (-1: waits)."""
     lock = FileLock(path, timeout=timeout)
     try:
@@ -1211,7 +1227,7 @@ def one_line_about(path):
 def load_checkpoint(path, to_train=False):
     """A checkpoint as a dict: `weights`, `optimizer`, `ema`, `scaler`, `unet`, `config`, `losses`
     (one a step), `steps_before`. The article's code wrote only the first three, and sampling needs
-    only `ema`, in any precision. Raises UserError for a file that is damaged or would run code."""
+    only `ema`, in 16 or 32 bits. Raises UserError for a file that is damaged or would run code."""
     path = Path(path).expanduser()
     with one_line_about(path):
         with zipfile.ZipFile(path) as archive:  # torch.load checks no CRC

@@ -515,6 +515,30 @@ def pictures_of(folder):
     return {tuple(image.flatten().tolist()) for image in images}, len(images)
 
 
+def test_folders_that_cannot_be_read_are_named(tmp_path, monkeypatch, capsys):
+    save(noise(32, 32), tmp_path / 'a.png')
+    save(noise(32, 32), tmp_path / 'secret/b.png')
+    scandir = os.scandir
+
+    def refused(path):
+        if Path(path).name == 'secret':
+            raise PermissionError(13, 'Permission denied', str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, 'scandir', refused)
+    assert len(ddpm.load_images(str(tmp_path))) == 1
+    assert f'{tmp_path}/secret is left out: ' in capsys.readouterr().err
+
+
+def test_a_folder_with_the_name_of_a_dataset(workdir, monkeypatch, capsys):
+    """The dataset it is, and a line says so; written as a path it is the folder."""
+    save(noise(32, 32), Path('mnist/a.png'))
+    assert len(ddpm.load_images('mnist')) == 60000
+    line = 'mnist is the dataset MNIST here, not the folder ./mnist'
+    assert capsys.readouterr().out.splitlines() == [line]
+    assert len(ddpm.load_images('./mnist')) == 1
+
+
 def test_links_to_folders_are_followed_once(tmp_path):
     """A link that leads back does not loop, and makes no picture count twice."""
     save(noise(32, 32, 1, 0), tmp_path / 'far/away/0.png')

@@ -124,6 +124,24 @@ def test_other_arguments_that_cannot_be(workdir, monkeypatch):
     assert not Path('checkpoints').exists()
 
 
+def test_a_checkpoint_in_place_of_its_pictures_is_refused(workdir):
+    with pytest.raises(ddpm.UserError, match='outputs/mine is where its pictures go'):
+        ddpm.train(**{**TINY, 'checkpoint_path': 'outputs/mine'})
+    assert not Path('outputs').exists()
+    ddpm.train(**{**TINY, 'num_epochs': 1, 'checkpoint_path': 'outputs/checkpoints/mine'})
+
+
+def test_a_mistake_is_told_whole_and_other_errors_in_one_line(capsys):
+    for error, told in (
+        (ddpm.UserError(f'{"allocated " * 30}: mend it'), f'{"allocated " * 30}: mend it'),
+        (OSError('a\n' * 300), 'ddpm.py: ' + ('a ' * 300)[:200]),
+        (RuntimeError('Tried to allocate 2 GiB'), 'ddpm.py: out of memory: '),
+    ):
+        with pytest.raises(SystemExit) as end, ddpm.errors_in_one_line():
+            raise error
+        assert told in end.value.code and len(end.value.code) < 400
+
+
 def test_an_empty_dataset(workdir, monkeypatch):
     monkeypatch.setattr(ddpm, 'load_images', lambda *_: few_images()[:0])
     with pytest.raises(
@@ -265,7 +283,7 @@ def good(tmp_path_factory):
     """The bytes of a good checkpoint of the numbers TINY, two epochs of six done."""
     folder = tmp_path_factory.mktemp('good')
     load_images, ddpm.load_images = ddpm.load_images, lambda *_: few_images()
-    outputs, ddpm.OUTPUTS = ddpm.OUTPUTS, folder
+    outputs, ddpm.OUTPUTS = ddpm.OUTPUTS, folder / 'outputs'
     try:
         ddpm.train(**{**TINY, 'checkpoint_path': str(folder / 'tiny')})
     finally:
@@ -523,7 +541,8 @@ def test_a_run_stopped_in_a_suspect_state_says_where_it_is(saves, monkeypatch, c
     with pytest.raises(ddpm.Stopped) as end:
         train_with_losses(monkeypatch, *[1.0] * 105, save_at=[204], earlier=102)
     assert saves == [('tiny', 102), ('tiny.suspect', 204)]
-    assert 'after step 204 of 207, saved in checkpoints/tiny.suspect' in str(end.value)
+    # run again it would go on from the last good state, not from this one
+    assert str(end.value) == 'Stopped after step 204 of 207, saved in checkpoints/tiny.suspect'
 
 
 @pytest.mark.parametrize('was, now', [(0.1, 0.8), (0.6, 1.0)])
@@ -557,7 +576,7 @@ def test_a_loss_that_never_fell_is_saved_and_said_at_the_end(saves, monkeypatch,
 def test_a_run_too_short_to_learn_is_not_said_to_have_learned_nothing(saves, monkeypatch, capfd):
     train_with_losses(monkeypatch, *[1.0] * 99)
     assert saves == [('tiny', 99)]
-    assert 'predicting nothing' not in capfd.readouterr().err
+    assert 'learned nothing' not in capfd.readouterr().err
 
 
 @pytest.fixture

@@ -277,12 +277,12 @@ def test_numpys_numbers_are_refused(changes):
 @pytest.mark.parametrize(
     'changes, words',
     [
-        (dict(Attentions=[True] * 3), 'must be lists of one even length'),
-        (dict(Channels=[]), 'lists of one even length'),
-        (dict(Channels=[8, 16, 32]), 'lists of one even length'),
+        (dict(Attentions=[True] * 3), 'are 4, 3 and 4 long, but must have the same length'),
+        (dict(Channels=[]), 'must have the same length, an even number'),
+        (dict(Channels=[8, 16, 32]), 'must have the same length, an even number'),
         (
             dict(Channels=[8, 16, 32], Attentions=[False] * 3, Upscales=[False, True, True]),
-            'lists of one even length',
+            'must have the same length, an even number',
         ),
         (
             dict(Upscales=[False, True, False, True]),

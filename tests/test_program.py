@@ -226,6 +226,23 @@ def test_a_training_is_sampled_from_with_its_own_settings(workdir, monkeypatch, 
     assert 'Sampled 2 images in 4 steps with seed 2' in capsys.readouterr().out
 
 
+def test_sample_may_name_its_checkpoint(workdir, monkeypatch, capsys):
+    """That of the command line comes first; after a training it is that of the training."""
+    only_to_sample('mine')
+    numbers = dict(checkpoint_path='mine', num_images=2, num_steps=3, seed=1)
+    for name in ('SAMPLE', 'AFTER_TRAINING'):
+        monkeypatch.setattr(ddpm, name, numbers)
+    monkeypatch.setattr(ddpm, 'PREVIEW', TINY)
+    for flags, name in (
+        (['--sample'], 'mine'),
+        (['--sample', 'checkpoints/tiny'], 'tiny'),
+        (['--preview'], 'tiny'),
+    ):
+        monkeypatch.setattr('sys.argv', ['ddpm.py', *flags])
+        ddpm.main()
+        assert f'Saved in outputs/{name}' in capsys.readouterr().out
+
+
 def test_what_is_only_to_be_sampled_from_is_not_trained_on(workdir):
     only_to_sample('pretrained')
     before = Path('pretrained').read_bytes()
@@ -322,9 +339,10 @@ def test_a_stop_keeps_the_images_that_are_finished(workdir, monkeypatch):
 
     def stopped(*arguments):
         calls.append(1)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return process(*arguments)
+        for step in process(*arguments):
+            yield step
+            if len(calls) == 3:  # in the middle of the last batch
+                raise KeyboardInterrupt
 
     monkeypatch.setattr(ddpm, 'reverse_process', stopped)
     with pytest.raises(KeyboardInterrupt):
@@ -446,7 +464,7 @@ def test_main_in_a_notebook_names_what_to_call(monkeypatch):
     with pytest.raises(SystemExit) as end:
         ddpm.main()
     assert str(end.value).startswith('ddpm.py: ') and '\n' not in str(end.value)
-    assert 'ddpm.train' in str(end.value) and 'ddpm.inference' in str(end.value)
+    assert 'call ddpm.train and inference' in str(end.value)
 
 
 def real_program(folder, edits, *flags, shell='exec "$@"', **environment):

@@ -220,6 +220,17 @@ def test_resumed_at_an_epoch_is_the_same_as_never_stopped(workdir):
     assert_identical(load(), load('checkpoints/parts'))
 
 
+def test_a_checkpoint_from_before_steps_were_counted_is_resumed(workdir):
+    """Its losses are as many as Adam's steps: none came before."""
+    ddpm.train(**TINY)
+    state = load()
+    del state['steps_before']
+    torch.save(state, 'older')
+    for path in ('checkpoints/tiny', 'older'):
+        ddpm.train(**{**TINY, 'num_epochs': 3, 'checkpoint_path': path})
+    assert_identical(load(), load('older'))
+
+
 def test_seeds_differ_and_repeat(workdir):
     for name, seed in (('a', 1), ('b', 1), ('c', 2), ('d', -1)):
         ddpm.train(**{**TINY, 'num_epochs': 1, 'seed': seed, 'checkpoint_path': name})
