@@ -11,7 +11,7 @@ sampler that of DDIM (Song, Meng & Ermon 2021, arXiv:2010.02502). Sections and n
 article; the appendix only makes them robust. docs/ddpm.md explains it all step by step.
 
 Measured on two cores of an AMD EPYC (torch 2.14): --sample takes 10 s, the preview 7 min; 92% of
-what the weights in the repository sample is recognised as a digit. No GPU has been measured yet.
+what the weights in the repository sample is recognised as a digit.
 """
 
 import argparse

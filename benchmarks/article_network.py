@@ -34,6 +34,7 @@ import ddpm  # noqa: E402
 
 PATH = Path('checkpoints/article_network')
 RESULT = HERE / 'results/article-network.json'
+PICTURE = HERE.parent / 'assets/article_network.png'
 SETTINGS = dict(
     checkpoint_path=str(PATH),
     num_epochs=2,
@@ -63,26 +64,23 @@ def means(losses):
 
 
 def train():
-    began, first = time.monotonic(), []
-    step_done = ddpm.Run.step_done
-
-    def counted(run, loss):
-        first.append(run.step)
-        step_done(run, loss)
-
+    began, first = time.monotonic(), 0
+    if PATH.exists():
+        first = len(ddpm.load_checkpoint(PATH)['losses'])
     try:
-        with mock.patch.object(ddpm.Run, 'step_done', counted):
-            ddpm.train(**{**ddpm.FULL, **SETTINGS})
-    finally:
-        hours = (time.monotonic() - began) / 3600
-        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
-        print(f'{len(first)} steps in {hours:.2f} hours, peak memory {memory:.1f} GB')
-        saved = ddpm.load_checkpoint(PATH, to_train=True)
-        sitting = dict(steps=[*first[:1], *first[-1:]], hours=hours, memory_GB=memory)
-        before = json.loads(RESULT.read_text()).get('training', {}) if RESULT.exists() else {}
-        sittings = [*before.get('sittings', []), sitting]
-        config, losses = saved['config'], means(saved['losses'])
-        note(training=dict(config=config, sittings=sittings, losses_in_tens=losses))
+        ddpm.train(**{**ddpm.FULL, **SETTINGS})
+    except ddpm.Stopped as stop:
+        print(stop)
+    saved = ddpm.load_checkpoint(PATH)
+    sitting = dict(
+        steps=[first, len(saved['losses'])],
+        hours=(time.monotonic() - began) / 3600,
+        peak_GB=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6,
+    )
+    before = json.loads(RESULT.read_text()).get('training', {}) if RESULT.exists() else {}
+    sittings = [*before.get('sittings', []), sitting]
+    config, losses = saved['config'], means(saved['losses'])
+    note(training=dict(config=config, sittings=sittings, losses_in_tens=losses))
 
 
 def article():
@@ -107,7 +105,7 @@ def article():
 
 
 def show():
-    saved, strips = ddpm.load_checkpoint(PATH, to_train=True), {}
+    strips = {}
     with mock.patch.dict(ddpm.FULL, checkpoint_path=str(PATH)):
         note(attention=full_run.attention_of_the_weights(batches=5))
     for steps in (50, 1000):
@@ -118,12 +116,13 @@ def show():
         for name in ('grid.png', 'reverse.png', 'reverse.gif'):
             shutil.copy(folder / name, folder / f'{steps}-{name}')
         strips[steps] = folder / f'{steps}-reverse.png'
-    draw(saved, strips, HERE.parent / 'assets/article_network.png')
+    draw(strips, PICTURE)
 
 
-def draw(saved, strips, path):
+def draw(strips, path):
     """The losses, the progress grids in order of time, and both reverse processes."""
-    known, per_epoch = json.loads(RESULT.read_text()), 60000 // ddpm.FULL['batch_size']
+    known = json.loads(RESULT.read_text())
+    per_epoch = 60000 // ddpm.FULL['batch_size']
     grids = sorted((ddpm.OUTPUTS / PATH.name / 'progress').glob('*.png'))
     figure = plt.figure(figsize=(10, 8.2), layout='constrained')
     above, middle, below = figure.subfigures(3, 1, height_ratios=[2.4, 2.2, 5])
