@@ -10,7 +10,7 @@ HERE. The method is that of Ho, Jain & Abbeel 2020 (arXiv:2006.11239, "the paper
 sampler that of DDIM (Song, Meng & Ermon 2021, arXiv:2010.02502). Sections and names follow the
 article; the appendix only makes them robust. docs/ddpm.md explains it all step by step.
 
-Measured on two cores of an AMD EPYC (torch 2.14): --sample takes 10 s, the preview 7 min; 92% of
+Measured on two cores of an AMD EPYC (torch 2.14): --sample takes 10 s, the preview 6 min; 92% of
 what the weights in the repository sample is recognised as a digit.
 """
 
@@ -457,7 +457,7 @@ FULL = dict(  # the article's run, for a machine with a CUDA GPU
     save_minutes=2,  # what kill -9 or a power cut may cost
     sample_every=5,  # epochs between two grids of samples
 )
-PREVIEW = dict(  # the same made small: four minutes on two CPU cores with bfloat16
+PREVIEW = dict(  # the same made small: six minutes on two CPU cores with bfloat16
     checkpoint_path='checkpoints/preview',
     dataset='MNIST',
     image_size=32,
@@ -1335,7 +1335,7 @@ class Pictures:
         for i, row in enumerate(axes):
             display_reverse([frames[t][i] for t in self.strip], row)
         for ax, t in zip(axes[0], self.strip):
-            ax.set_title(self.title(t), fontsize=8, pad=3)
+            ax.set_title(self.title(t).replace('x_0', '$x_0$'), fontsize=8, pad=3)
         figure.savefig(self.folder / 'reverse.png', dpi=100)
         print(f'Saved in {self.folder}/{replaced}: grid.png, reverse.png, reverse.gif', flush=True)
         if self.files:

@@ -409,7 +409,7 @@ def play_tensor():
 
 
 def without_chance(model, scheduler, x, num_steps):
-    """DDIM with eta = 0 (eq. 12 and 16): the image is a function of the noise x, (N, 1, H, W)."""
+    """DDIM with eta = 0 (its eq. 12, 16): the image is a function of the noise x, (N, 1, H, W)."""
     times = ddpm.sampling_times(model.time_steps, num_steps)
     for t, s in zip(times, [*times[1:], None]):
         abar = scheduler(t)[1]
