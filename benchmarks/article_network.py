@@ -124,8 +124,9 @@ def draw(strips, path):
     known = json.loads(RESULT.read_text())
     per_epoch = 60000 // ddpm.FULL['batch_size']
     grids = sorted((ddpm.OUTPUTS / PATH.name / 'progress').glob('*.png'))
-    figure = plt.figure(figsize=(10, 8.2), layout='constrained')
-    above, middle, below = figure.subfigures(3, 1, height_ratios=[2.4, 2.2, 5])
+    heights = [2.4, 2.7, *[5] * bool(strips)]  # none before the training has ended
+    figure = plt.figure(figsize=(10, sum(heights)), layout='constrained')
+    above, middle, *below = figure.subfigures(len(heights), 1, height_ratios=heights)
     ax = above.subplots()
     for name, label in (
         ('training', f'ddpm.train, lr {SETTINGS["lr"]:g}'),
@@ -139,7 +140,8 @@ def draw(strips, path):
         ax.imshow(Image.open(grid), cmap='gray')
         ax.set_title(f'{float(grid.stem.split("_")[1]):g} epochs', fontsize=9)
         ax.axis('off')
-    for ax, (steps, strip) in zip(below.subplots(1, len(strips)), strips.items()):
+    panels = [panel for part in below for panel in part.subplots(1, len(strips))]
+    for ax, (steps, strip) in zip(panels, strips.items()):
         ax.imshow(Image.open(strip))
         ax.set_title(f'{steps} steps', fontsize=9)
         ax.axis('off')

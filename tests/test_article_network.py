@@ -72,12 +72,14 @@ def test_what_is_found_is_gathered(result, workdir, monkeypatch):
     assert len(starts) > 2  # of the training's starts and, last, of the article's loop
     assert all(torch.equal(start, starts[0]) for start in starts)
 
+    article_network.draw({}, 'so far.png')
+    assert Image.open('so far.png').size == (1100, 561)
     article_network.show()
     attention = result()['attention']['ema']
     assert (
         list(attention) == ['Layer2.attention_layer'] and min(attention.popitem()[1].values()) > 0
     )
-    assert Image.open('picture.png').size == (1100, 902)
+    assert Image.open('picture.png').size == (1100, 1111)
     folder = ddpm.OUTPUTS / 'article_network'
     assert all((folder / f'{steps}-reverse.png').exists() for steps in (50, 1000))
     assert len(list((folder / 'progress').glob('*.png'))) == 3  # every two steps
