@@ -132,8 +132,10 @@ def draw(strips, path):
         ('training', f'ddpm.train, lr {SETTINGS["lr"]:g}'),
         ('article', 'the article’s loop, lr 2e-5'),
     ):
-        losses = known.get(name, {}).get('losses_in_tens', [])
-        ax.plot(np.arange(1, len(losses) + 1) * SMOOTH / per_epoch, losses, label=label, lw=1)
+        if name in known:
+            losses = known[name]['losses_in_tens']
+            epochs = np.arange(1, len(losses) + 1) * SMOOTH / per_epoch
+            ax.plot(epochs, losses, label=label, lw=1)
     ax.set(xlabel='epoch', ylabel='mean square error', yscale='log')
     ax.legend()
     for ax, grid in zip(middle.subplots(1, len(grids), squeeze=False)[0], grids):
