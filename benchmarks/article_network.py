@@ -48,8 +48,12 @@ ARTICLE_STEPS = 200
 SMOOTH = 10  # losses in one point of a curve
 
 
+def found():
+    return json.loads(RESULT.read_text()) if RESULT.exists() else {}
+
+
 def note(**figures):
-    known = json.loads(RESULT.read_text()) if RESULT.exists() else {}
+    known = found()
     about = dict(date=datetime.date.today().isoformat(), machine=speed.processor())
     about |= dict(torch=torch.__version__, threads=torch.get_num_threads())
     for name, value in figures.items():
@@ -77,8 +81,7 @@ def train():
         hours=(time.monotonic() - began) / 3600,
         peak_GB=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6,
     )
-    before = json.loads(RESULT.read_text()).get('training', {}) if RESULT.exists() else {}
-    sittings = [*before.get('sittings', []), sitting]
+    sittings = [*found().get('training', {}).get('sittings', []), sitting]
     config, losses = saved['config'], means(saved['losses'])
     note(training=dict(config=config, sittings=sittings, losses_in_tens=losses))
 
@@ -121,7 +124,7 @@ def show():
 
 def draw(strips, path):
     """The losses, the progress grids in order of time, and both reverse processes."""
-    known = json.loads(RESULT.read_text())
+    known = found()
     per_epoch = 60000 // ddpm.FULL['batch_size']
     grids = sorted((ddpm.OUTPUTS / PATH.name / 'progress').glob('*.png'))
     heights = [2.4, 2.7, *[5] * bool(strips)]  # none before the training has ended
