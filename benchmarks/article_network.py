@@ -3,16 +3,18 @@
     python benchmarks/article_network.py train     hours; run again to resume
     python benchmarks/article_network.py article   the article's own loop, from the same weights
     python benchmarks/article_network.py show      64 digits in 50 and in 1000 steps, attention
-    python benchmarks/quality.py checkpoints/article_network --samples 1000 --steps 50
+    python benchmarks/article_network.py quality   quality.py of samples in 50 steps
 
 What they find is gathered in benchmarks/results/article-network.json; `show` also draws
 assets/article_network.png. The learning rate is ten times the article's, which is made for 75
 epochs, and decays. The article's loop runs under autocast like ours, else it would take three times
-as long; all else in it is the article's.
+as long; all else in it is the article's. On a CPU without bfloat16 the convolutions are computed as
+winograd.py tells.
 """
 
 import datetime
 import json
+import os
 import resource
 import shutil
 import sys
@@ -28,7 +30,9 @@ from PIL import Image
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 import full_run  # noqa: E402
+import quality  # noqa: E402
 import speed  # noqa: E402
+import winograd  # noqa: E402
 
 import ddpm  # noqa: E402
 
@@ -45,6 +49,7 @@ SETTINGS = dict(
     sample_every=0.5,
 )
 ARTICLE_STEPS = 200
+SAMPLES = 1000
 SMOOTH = 10  # losses in one point of a curve
 
 
@@ -111,10 +116,10 @@ def show():
     strips = {}
     with mock.patch.dict(ddpm.FULL, checkpoint_path=str(PATH)):
         note(attention=full_run.attention_of_the_weights(batches=5))
-    for steps in (50, 1000):
+    for steps, images in ((50, 64), (1000, 10)):
         began = time.monotonic()
-        ddpm.inference(PATH, num_steps=steps, seed=0)
-        note(**{f'sampling in {steps}': dict(images=64, seconds=time.monotonic() - began)})
+        ddpm.inference(PATH, num_steps=steps, seed=0, num_images=images)
+        note(**{f'sampling in {steps}': dict(images=images, seconds=time.monotonic() - began)})
         folder = ddpm.OUTPUTS / PATH.name
         for name in ('grid.png', 'reverse.png', 'reverse.gif'):
             shutil.copy(folder / name, folder / f'{steps}-{name}')
@@ -122,11 +127,23 @@ def show():
     draw(strips, PICTURE)
 
 
+def measure():
+    arguments = ['quality.py', str(PATH), '--samples', str(SAMPLES), '--steps', '50']
+    with mock.patch.object(sys, 'argv', arguments):
+        quality.main()
+
+
 def draw(strips, path):
     """The losses, the progress grids in order of time, and both reverse processes."""
     known = found()
     per_epoch = 60000 // ddpm.FULL['batch_size']
-    grids = sorted((ddpm.OUTPUTS / PATH.name / 'progress').glob('*.png'))
+    folder = ddpm.OUTPUTS / PATH.name
+    grids = {
+        float(path.stem.split('_')[1]): path for path in sorted((folder / 'progress').glob('*.png'))
+    }
+    if strips:
+        _, done = known['training']['sittings'][-1]['steps']
+        grids[done / per_epoch] = folder / '50-grid.png'
     heights = [2.4, 2.7, *[5] * bool(strips)]  # none before the training has ended
     figure = plt.figure(figsize=(10, sum(heights)), layout='constrained')
     above, middle, *below = figure.subfigures(len(heights), 1, height_ratios=heights)
@@ -141,9 +158,9 @@ def draw(strips, path):
             ax.plot(epochs, losses, label=label, lw=1)
     ax.set(xlabel='epoch', ylabel='mean square error', yscale='log')
     ax.legend()
-    for ax, grid in zip(middle.subplots(1, len(grids), squeeze=False)[0], grids):
-        ax.imshow(Image.open(grid), cmap='gray')
-        ax.set_title(f'{float(grid.stem.split("_")[1]):g} epochs', fontsize=9)
+    for ax, epochs in zip(middle.subplots(1, len(grids), squeeze=False)[0], sorted(grids)):
+        ax.imshow(Image.open(grids[epochs]), cmap='gray')
+        ax.set_title(f'{epochs:.2g} epochs', fontsize=9)
         ax.axis('off')
     panels = [panel for part in below for panel in part.subplots(1, len(strips))]
     for ax, (steps, strip) in zip(panels, strips.items()):
@@ -154,8 +171,12 @@ def draw(strips, path):
 
 
 if __name__ == '__main__':
-    parts = dict(train=train, article=article, show=show)
+    parts = dict(train=train, article=article, show=show, quality=measure)
     if sys.argv[1:2] and sys.argv[1] in parts:
+        if not winograd.KEEP.keys() <= os.environ.keys():
+            os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | winograd.KEEP)
+        if ddpm.half_precision(torch.device('cpu')) is None:
+            torch.nn.Conv2d._conv_forward = winograd.conv_forward
         with ddpm.errors_in_one_line():
             parts[sys.argv[1]]()
     else:

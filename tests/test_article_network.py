@@ -25,8 +25,8 @@ def result(workdir, monkeypatch):
     inference = ddpm.inference
 
     @wraps(inference)
-    def quick(path, num_steps, seed):
-        inference(path, num_steps=3, seed=seed, num_images=12)
+    def quick(path, num_steps, seed, num_images):
+        inference(path, num_steps=3, seed=seed, num_images=num_images)
 
     monkeypatch.setattr(ddpm, 'inference', quick)
     monkeypatch.setattr(article_network, 'RESULT', workdir / 'result.json')
