@@ -98,8 +98,9 @@ def article():
     losses, criterion = [], loop.criterion
 
     def kept(*pair):
-        losses.append(criterion(*pair))
-        return losses[-1]
+        loss = criterion(*pair)
+        losses.append(loss.detach())  # a loss that is kept keeps its step's graph
+        return loss
 
     loop.criterion = kept
     steps, began = loop.training(ddpm.FULL['batch_size']), time.monotonic()
@@ -108,7 +109,7 @@ def article():
             next(steps)
             bar.update()
     seconds = (time.monotonic() - began) / ARTICLE_STEPS
-    losses = means(torch.stack(losses).detach())
+    losses = means(torch.stack(losses))
     note(article=dict(lr=2e-5, seconds_a_step=seconds, losses_in_tens=losses))
 
 
