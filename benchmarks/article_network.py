@@ -139,9 +139,7 @@ def draw(strips, path):
     known = found()
     per_epoch = 60000 // ddpm.FULL['batch_size']
     folder = ddpm.OUTPUTS / PATH.name
-    grids = {
-        float(path.stem.split('_')[1]): path for path in sorted((folder / 'progress').glob('*.png'))
-    }
+    grids = {float(path.stem.split('_')[1]): path for path in (folder / 'progress').glob('*.png')}
     if strips:
         _, done = known['training']['sittings'][-1]['steps']
         grids[done / per_epoch] = folder / '50-grid.png'

@@ -1,5 +1,5 @@
 """3x3 convolutions by Winograd's algorithm F(4x4, 3x3): the same result in float32, up to rounding,
-for a quarter of the multiplications. torch has it for other processors than x86 only.
+for a quarter of the multiplications.
 
     python benchmarks/winograd.py
 
