@@ -8,8 +8,8 @@
 What they find is gathered in benchmarks/results/article-network.json; `show` also draws
 assets/article_network.png. The learning rate is ten times the article's, which is made for 75
 epochs, and decays. The article's loop runs under autocast like ours, else it would take three times
-as long; all else in it is the article's. On a CPU without bfloat16 the convolutions are computed as
-winograd.py tells.
+as long; all else in it is the article's. A CPU without bfloat16 works with the operations of
+cpu_kernels.py.
 """
 
 import datetime
@@ -19,6 +19,7 @@ import resource
 import shutil
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from unittest import mock
 
@@ -29,10 +30,10 @@ from PIL import Image
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
+import cpu_kernels  # noqa: E402
 import full_run  # noqa: E402
 import quality  # noqa: E402
 import speed  # noqa: E402
-import winograd  # noqa: E402
 
 import ddpm  # noqa: E402
 
@@ -172,11 +173,11 @@ def draw(strips, path):
 if __name__ == '__main__':
     parts = dict(train=train, article=article, show=show, quality=measure)
     if sys.argv[1:2] and sys.argv[1] in parts:
-        if not winograd.KEEP.keys() <= os.environ.keys():
-            os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | winograd.KEEP)
-        if ddpm.half_precision(torch.device('cpu')) is None:
-            torch.nn.Conv2d._conv_forward = winograd.conv_forward
-        with ddpm.errors_in_one_line():
+        if not cpu_kernels.KEEP.keys() <= os.environ.keys():
+            environment = os.environ | cpu_kernels.KEEP
+            os.execve(sys.executable, [sys.executable, *sys.argv], environment)
+        plain = ddpm.half_precision(torch.device('cpu')) is not None
+        with nullcontext() if plain else cpu_kernels.patched(), ddpm.errors_in_one_line():
             parts[sys.argv[1]]()
     else:
         sys.exit(__doc__)
