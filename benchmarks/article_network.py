@@ -130,7 +130,7 @@ def show():
 
 
 def measure():
-    arguments = ['quality.py', str(PATH), '--samples', str(SAMPLES), '--steps', '50']
+    arguments = ['quality.py', str(PATH), '--samples', str(SAMPLES), '--steps', '50', '--quick']
     with mock.patch.object(sys, 'argv', arguments):
         quality.main()
 

@@ -527,7 +527,17 @@ def test_a_file_to_draw_from_is_measured_without_the_other_weights(checkpoint, m
     assert all(list(s['fewer']['FD']) == ['EMA'] for s in result['spaces'].values())
     assert result['run']['optimizer steps'] is None
     said = quality.report(result)
-    assert 'non-EMA, N' not in said and 'no control from the non-EMA ones' in said
+    assert 'non-EMA, N' not in said and 'No control from the non-EMA weights' in said
+
+
+def test_a_quick_measure_has_neither_the_other_weights_nor_the_bound(checkpoint):
+    result, _ = quality.measure(
+        checkpoint, *quality.load_splits(), samples=100, steps=2, quick=True
+    )
+    assert 'weights' in checkpoint and result['bound'] == {}
+    assert all(list(s['fewer']['FD']) == ['EMA'] for s in result['spaces'].values())
+    said = quality.report(result)
+    assert 'Variational bound' not in said and 'No control from the non-EMA weights' in said
 
 
 def test_mistakes_end_in_one_line(checkpoint, monkeypatch):
