@@ -126,7 +126,7 @@ def show():
         for name in ('grid.png', 'reverse.png', 'reverse.gif'):
             shutil.copy(folder / name, folder / f'{steps}-{name}')
         strips[steps] = folder / f'{steps}-reverse.png'
-    draw(strips, PICTURE)
+        draw(strips, PICTURE)
 
 
 def measure():
