@@ -162,7 +162,7 @@ def draw(strips, path):
         ax.imshow(Image.open(grids[epochs]), cmap='gray')
         ax.set_title(f'{epochs:.2g} epochs', fontsize=9)
         ax.axis('off')
-    panels = [panel for part in below for panel in part.subplots(1, len(strips))]
+    panels = [panel for part in below for panel in part.subplots(1, len(strips), squeeze=False)[0]]
     for ax, (steps, strip) in zip(panels, strips.items()):
         ax.imshow(Image.open(strip))
         ax.set_title(f'{steps} steps', fontsize=9)
