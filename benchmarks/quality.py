@@ -628,12 +628,7 @@ def measure(saved, train, test, samples=10_000, steps=None, seed=0, quick=False)
             'samples': recognised(embed(cnn, drawn, device)),
             'test split': recognised(logits),
         },
-        'bound': {}
-        if quick
-        else {
-            **variational_bound(ema, test[0], device),
-            'histogram of each pixel': histogram_nats(train[0], test[0]),
-        },
+        'bound': {},
         'samples': {
             'N': samples,
             'steps': steps,
@@ -647,6 +642,9 @@ def measure(saved, train, test, samples=10_000, steps=None, seed=0, quick=False)
             'unet': saved['unet'],
         },
     }
+    if not quick:
+        histogram = {'histogram of each pixel': histogram_nats(train[0], test[0])}
+        result['bound'] = variational_bound(ema, test[0], device) | histogram
     result['broken'] = broken(result)
     rows = torch.cat([images[:CLOSEST] for images in [drawn, *controls.values()]])
     pictures = {'samples': (drawn[:100], 10), 'closest': (pairs, CLOSEST), 'controls': (rows, 20)}
@@ -759,7 +757,8 @@ def main():
     parser.add_argument(
         '--quick',
         action='store_true',
-        help='without the non-EMA weights and the variational bound: half the time of a slow model',
+        help='without the non-EMA weights and the variational bound: of 1000 samples in 50 steps '
+        'a third of the work',
     )
     parser.add_argument('--output', type=Path, default=RESULTS, help='folder of the JSON file')
     args = parser.parse_args()

@@ -74,6 +74,9 @@ def test_what_is_found_is_gathered(result, workdir, monkeypatch):
 
     article_network.draw({}, 'so far.png')
     assert Image.open('so far.png').size == (1100, 561)
+    monkeypatch.setattr(article_network.quality, 'main', lambda: starts.append(sys.argv))
+    article_network.measure()
+    assert starts.pop()[1:] == f'{article_network.PATH} --samples 1000 --steps 50 --quick'.split()
     article_network.show()
     attention = result()['attention']['ema']
     assert (
