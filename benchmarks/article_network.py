@@ -2,6 +2,7 @@
 
     python benchmarks/article_network.py train     hours; run again to resume
     python benchmarks/article_network.py article   the article's own loop, from the same weights
+    python benchmarks/article_network.py rates     300 steps at each of three learning rates
     python benchmarks/article_network.py show      64 digits in 50 and in 1000 steps, attention
     python benchmarks/article_network.py quality   quality.py of samples in 50 steps
 
@@ -21,6 +22,7 @@ import sys
 import time
 from contextlib import nullcontext
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from unittest import mock
 
 import matplotlib.pyplot as plt
@@ -50,6 +52,8 @@ SETTINGS = dict(
     sample_every=0.5,
 )
 ARTICLE_STEPS = 200
+RATES = (2e-5, 2e-4, 1e-3)
+RATES_STEPS, RATES_BATCH = 300, 16
 SAMPLES = 1000
 SMOOTH = 10  # losses in one point of a curve
 
@@ -114,14 +118,31 @@ def article():
     note(article=dict(lr=2e-5, seconds_a_step=seconds, losses_in_tens=losses))
 
 
+def rates():
+    """Short runs on the same images from the same weights; each rate decays to 0 in its own."""
+    load, losses = ddpm.load_images, {}
+    settings = {**ddpm.FULL, **SETTINGS, 'batch_size': RATES_BATCH, 'num_epochs': 1}
+    settings |= dict(sample_every=0, save_minutes=1000)
+
+    def few(*arguments):
+        return load(*arguments)[: RATES_STEPS * RATES_BATCH]
+
+    with mock.patch.object(ddpm, 'load_images', few), TemporaryDirectory() as folder:
+        for lr in RATES:
+            path = Path(folder, f'lr_{lr:g}')
+            ddpm.train(**settings | dict(lr=lr, checkpoint_path=path))
+            losses[f'{lr:g}'] = means(ddpm.load_checkpoint(path)['losses'])
+    note(rates=dict(batch_size=RATES_BATCH, steps=RATES_STEPS, losses_in_tens=losses))
+
+
 def show():
     strips = {}
     with mock.patch.dict(ddpm.FULL, checkpoint_path=str(PATH)):
         note(attention=full_run.attention_of_the_weights(batches=5))
-    for steps, images in ((50, 64), (1000, 10)):
+    for steps in (50, 1000):
         began = time.monotonic()
-        ddpm.inference(PATH, num_steps=steps, seed=0, num_images=images)
-        note(**{f'sampling in {steps}': dict(images=images, seconds=time.monotonic() - began)})
+        ddpm.inference(PATH, num_steps=steps, seed=0, num_images=64)
+        note(**{f'sampling in {steps}': dict(images=64, seconds=time.monotonic() - began)})
         folder = ddpm.OUTPUTS / PATH.name
         for name in ('grid.png', 'reverse.png', 'reverse.gif'):
             shutil.copy(folder / name, folder / f'{steps}-{name}')
@@ -171,7 +192,7 @@ def draw(strips, path):
 
 
 if __name__ == '__main__':
-    parts = dict(train=train, article=article, show=show, quality=measure)
+    parts = dict(train=train, article=article, rates=rates, show=show, quality=measure)
     if sys.argv[1:2] and sys.argv[1] in parts:
         if not cpu_kernels.KEEP.keys() <= os.environ.keys():
             environment = os.environ | cpu_kernels.KEEP

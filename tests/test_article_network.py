@@ -1,4 +1,4 @@
-"""benchmarks/article_network.py at a tiny size: two sittings, then the article's own loop."""
+"""benchmarks/article_network.py at a tiny size, all of its parts."""
 
 import json
 import sys
@@ -33,6 +33,8 @@ def result(workdir, monkeypatch):
     monkeypatch.setattr(article_network, 'PICTURE', workdir / 'picture.png')
     monkeypatch.setattr(article_network, 'ARTICLE_STEPS', 4)
     monkeypatch.setattr(article_network, 'SMOOTH', 2)
+    monkeypatch.setattr(article_network, 'RATES_STEPS', 4)
+    monkeypatch.setattr(article_network, 'RATES_BATCH', 2)
     monkeypatch.setattr(
         article_network, 'SETTINGS', {**article_network.SETTINGS, 'save_minutes': 9}
     )
@@ -86,3 +88,13 @@ def test_what_is_found_is_gathered(result, workdir, monkeypatch):
     folder = ddpm.OUTPUTS / 'article_network'
     assert all((folder / f'{steps}-reverse.png').exists() for steps in (50, 1000))
     assert len(list((folder / 'progress').glob('*.png'))) == 3  # every two steps
+
+
+def test_three_learning_rates(result):
+    article_network.rates()
+    curves = result()['rates']['losses_in_tens']
+    assert list(curves) == ['2e-05', '0.0002', '0.001']
+    starts, ends = zip(*curves.values())
+    assert starts == pytest.approx([starts[0]] * 3, rel=0.05)
+    assert ends[0] > ends[1] > ends[2]
+    assert not article_network.PATH.exists()
