@@ -130,9 +130,14 @@ def rates():
     with mock.patch.object(ddpm, 'load_images', few), TemporaryDirectory() as folder:
         for lr in RATES:
             path = Path(folder, f'lr_{lr:g}')
-            ddpm.train(**settings | dict(lr=lr, checkpoint_path=path))
-            losses[f'{lr:g}'] = means(ddpm.load_checkpoint(path)['losses'])
-    note(rates=dict(batch_size=RATES_BATCH, steps=RATES_STEPS, losses_in_tens=losses))
+            try:
+                ddpm.train(**settings | dict(lr=lr, checkpoint_path=path))
+                losses[f'{lr:g}'] = means(ddpm.load_checkpoint(path)['losses'])
+            except ddpm.UserError as error:
+                if 'diverged' not in str(error):  # which is a finding
+                    raise
+                losses[f'{lr:g}'] = str(error)
+            note(rates=dict(batch_size=RATES_BATCH, steps=RATES_STEPS, losses_in_tens=losses))
 
 
 def show():

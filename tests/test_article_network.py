@@ -90,7 +90,7 @@ def test_what_is_found_is_gathered(result, workdir, monkeypatch):
     assert len(list((folder / 'progress').glob('*.png'))) == 3  # every two steps
 
 
-def test_three_learning_rates(result):
+def test_three_learning_rates(result, monkeypatch):
     article_network.rates()
     curves = result()['rates']['losses_in_tens']
     assert list(curves) == ['2e-05', '0.0002', '0.001']
@@ -98,3 +98,15 @@ def test_three_learning_rates(result):
     assert starts == pytest.approx([starts[0]] * 3, rel=0.05)
     assert ends[0] > ends[1] > ends[2]
     assert not article_network.PATH.exists()
+
+    train = ddpm.train
+
+    @wraps(train)
+    def diverging(**settings):
+        if settings['lr'] == 2e-4:
+            raise ddpm.UserError('training has diverged')
+        train(**settings)
+
+    monkeypatch.setattr(ddpm, 'train', diverging)
+    article_network.rates()
+    assert result()['rates']['losses_in_tens'] == curves | {'0.0002': 'training has diverged'}
