@@ -184,9 +184,13 @@ def draw(strips, path):
             ax.plot(epochs, losses, label=label, lw=1)
     ax.set(xlabel='epoch', ylabel='mean square error', yscale='log')
     ax.legend()
-    for ax, epochs in zip(middle.subplots(1, len(grids), squeeze=False)[0], sorted(grids)):
-        ax.imshow(Image.open(grids[epochs]), cmap='gray')
-        ax.set_title(f'{epochs:.2g} epochs', fontsize=9)
+    pictures = [(f'{epochs:.2g} epochs', grids[epochs]) for epochs in sorted(grids)]
+    if 1000 in strips:
+        pictures.append((f'{pictures[-1][0]}, 1000 steps', folder / '1000-grid.png'))
+    panels = middle.subplots(1, len(pictures), squeeze=False)[0]
+    for ax, (title, picture) in zip(panels, pictures):
+        ax.imshow(Image.open(picture), cmap='gray')
+        ax.set_title(title, fontsize=9)
         ax.axis('off')
     panels = [panel for part in below for panel in part.subplots(1, len(strips), squeeze=False)[0]]
     for ax, (steps, strip) in zip(panels, strips.items()):
