@@ -99,14 +99,17 @@ def test_three_learning_rates(result, monkeypatch):
     assert ends[0] > ends[1] > ends[2]
     assert not article_network.PATH.exists()
 
-    train = ddpm.train
+    train, message = ddpm.train, 'training has diverged'
 
     @wraps(train)
     def diverging(**settings):
         if settings['lr'] == 2e-4:
-            raise ddpm.UserError('training has diverged')
+            raise ddpm.UserError(message)
         train(**settings)
 
     monkeypatch.setattr(ddpm, 'train', diverging)
     article_network.rates()
     assert result()['rates']['losses_in_tens'] == curves | {'0.0002': 'training has diverged'}
+    message = 'the disk is full'
+    with pytest.raises(ddpm.UserError, match='disk'):
+        article_network.rates()
