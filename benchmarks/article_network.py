@@ -36,6 +36,7 @@ import cpu_kernels  # noqa: E402
 import full_run  # noqa: E402
 import quality  # noqa: E402
 import speed  # noqa: E402
+from ablations import DIVERGED  # noqa: E402
 
 import ddpm  # noqa: E402
 
@@ -134,7 +135,7 @@ def rates():
                 ddpm.train(**settings | dict(lr=lr, checkpoint_path=path))
                 losses[f'{lr:g}'] = means(ddpm.load_checkpoint(path)['losses'])
             except ddpm.UserError as error:
-                if 'diverged' not in str(error):  # which is a finding
+                if not str(error).startswith(DIVERGED):  # which is a finding
                     raise
                 losses[f'{lr:g}'] = str(error)
             note(rates=dict(batch_size=RATES_BATCH, steps=RATES_STEPS, losses_in_tens=losses))
@@ -187,15 +188,13 @@ def draw(strips, path):
     pictures = [(f'{epochs:.2g} epochs', grids[epochs]) for epochs in sorted(grids)]
     if 1000 in strips:
         pictures.append((f'{pictures[-1][0]}, 1000 steps', folder / '1000-grid.png'))
-    panels = middle.subplots(1, len(pictures), squeeze=False)[0]
+    panels = [*middle.subplots(1, len(pictures), squeeze=False)[0]]
+    for part in below:
+        panels += [*part.subplots(1, len(strips), squeeze=False)[0]]
+    pictures += [(f'{steps} steps', strip) for steps, strip in strips.items()]
     for ax, (title, picture) in zip(panels, pictures):
-        ax.imshow(Image.open(picture), cmap='gray')
+        ax.imshow(Image.open(picture), cmap='gray')  # of grey pictures; strips are in colour
         ax.set_title(title, fontsize=9)
-        ax.axis('off')
-    panels = [panel for part in below for panel in part.subplots(1, len(strips), squeeze=False)[0]]
-    for ax, (steps, strip) in zip(panels, strips.items()):
-        ax.imshow(Image.open(strip))
-        ax.set_title(f'{steps} steps', fontsize=9)
         ax.axis('off')
     figure.savefig(path, dpi=110)
 
