@@ -8,17 +8,13 @@ of each with the functions of quality.py. A change is another setting, or someth
 name of ddpm.py while its own `train` and `sample` run. A change that concerns only sampling uses
 the weights of the baseline. All results are about a short training of a small UNET.
 
-Results and checkpoints are kept in outputs/ablations/ and checkpoints/ablations/: run again it
+Parts and checkpoints are kept in outputs/ablations/ and checkpoints/ablations/: run again it
 resumes, also in the middle of a training; to measure a change again, delete its files there. Each
-part updates benchmarks/results/ablations.json and the tables in ablations.md; the last one also
+part updates benchmarks/results/ablations.json; the last one prints the tables and draws
 assets/ablations.png, where all digits come from the same noise.
 
 A difference counts only if it is more than twice that of another seed or another machine (on the
 same weights: of other noise), and more than so few samples can show by chance.
-
-The stored results are those of the baseline's constant ema_decay of 0.99, before ddpm.py had the
-EMA's warm-up. At 0.99 the warm-up is over after 990 of the 15,000 steps and changes nothing; at
-0.9999 it would, so that row trains without it, as it was measured.
 """
 
 import argparse
@@ -47,10 +43,8 @@ from speed import processor, table  # noqa: E402
 import ddpm  # noqa: E402
 
 EPOCHS = 2  # of each training
-BASE = dict(batch_size=8, lr=3e-3, ema_decay=0.99, seed=0)  # PREVIEW's when this was begun
-TRAINING_COST = 5  # of an image, against one step of sampling it, as measured on a CPU
+BASE = dict(batch_size=8, lr=3e-3, ema_decay=0.99, seed=0)  # the rest is PREVIEW's
 DIVERGED = 'training has diverged'  # how ddpm.train begins the line
-ATTENTION_COST = 2.5  # of a network with attention, against one without
 GROUPS = ('training', 'network', 'sampling')
 RESULT = quality.RESULTS / 'ablations.json'
 FIGURE = HERE.parent / 'assets/ablations.png'
@@ -205,11 +199,12 @@ def sampling(name, why, weights=BASELINE, steps=None, **how):
     return change('sampling', name, why, weights, weights, steps=steps, reverse_process=process)
 
 
-def ddim(steps, eta, clip):
-    name = f'DDIM {steps or "all"}, eta {eta}{", clipped" if clip else ""}'
-    kind = ', none of them random' if not eta else '' if clip else ", as ddpm.py's"
-    why = f'The same weights in {steps or "all"} steps{kind}.'
-    return sampling(name, why, steps=steps, eta=eta, variance=lambda _, b: eta**2 * b, clip=clip)
+def ddim(steps, eta):
+    why = (
+        f'The same weights in {steps} steps, {"as ddpm.py does" if eta else "none of them random"}.'
+    )
+    how = dict(eta=eta, variance=lambda _, tilde: eta**2 * tilde)
+    return sampling(f'DDIM {steps}, eta {eta}', why, steps=steps, **how)
 
 
 LONG, COSINE, CLIPPED = 'T = 1000', 'cosine schedule', 'x_0 clipped'
@@ -236,7 +231,7 @@ V = {  # Salimans & Ho 2022
     'diffusion_loss': loss(lambda x, eps, abar: abar.sqrt() * eps - (1 - abar).sqrt() * x),
     'reverse_process': sampler(to_eps=lambda v, x, a: a.sqrt() * v + (1 - a).sqrt() * x),
 }
-LONG_EMA = {'ema_decay': 0.9999, 'ModelEmaV3': without_warmup}  # as it was measured
+LONG_EMA = {'ema_decay': 0.9999, 'ModelEmaV3': without_warmup}
 MASKED = {'dropout_prob': 0.1, 'steps': 50, 'against': PLAIN}
 
 
@@ -245,7 +240,7 @@ def left_on(kind):
 
 
 LIST = [
-    training(BASELINE, "The preview's, but for smaller batches."),
+    training(BASELINE, 'What the others are compared with.'),
     training(SEED, 'The spread between runs.', seed=1),
     training(FLOAT32, 'No 16-bit numbers.', half_precision=lambda device: None),
     training('without the EMA', 'It varies less than the last step.', BASELINE, part='weights'),
@@ -278,12 +273,7 @@ LIST = [
     change('sampling', DROPOUT, 'Against overfitting. 50 steps.', **MASKED, **ATTENTION),
     sampling('... on in attention', "The article's code has it.", **left_on(ddpm.Attention)),
     sampling('... on everywhere', 'As if eval() were forgotten.', **left_on(nn.Module)),
-    *(
-        ddim(steps, eta, clip)
-        for steps in (None, 100, 50, 20, 10)
-        for eta, clip in ((0, True), (0, False), (1, True), (1, False))
-        if (steps, eta, clip) != (None, 1, False)  # it stands above: beta-tilde
-    ),
+    *(ddim(steps, eta) for steps, eta in ((50, 1), (20, 1), (10, 1), (50, 0))),
 ]
 CHANGES = {change.name: change for change in LIST}
 
@@ -307,89 +297,52 @@ def make(change, samples):
     """The samples of a change, (N, 1, 32, 32) uint8; trains unless its weights are there. Raises
     ddpm.UserError."""
     settings = settings_of(change)
-    path = Path(settings['checkpoint_path'])
+    path = settings['checkpoint_path']
     patches = {'train': ddpm.train, **CHANGES[change.weights].patches, **change.patches}
     torch.compiler.reset()  # it keeps eight versions of a function, and runs more in eager mode
     with mock.patch.multiple(ddpm, **patches):
         ddpm.train(**settings)
-        files = [file for file in (path, Path(f'{path}.suspect')) if file.exists()]
-        if max(files, key=lambda file: file.stat().st_mtime_ns) != path:  # the last steps are there
-            raise ddpm.UserError(f'{DIVERGED}: the loss is back at 1, that of predicting nothing')
         model = ddpm.load_model(path)  # the EMA weights
         if change.part == 'weights':
             model.load_state_dict(ddpm.load_checkpoint(path)['weights'])
         return ddpm.to_uint8(ddpm.sample(model, samples, change.steps, seed=change.noise))
 
 
-def yardstick(count, device):
-    """A function from count samples to MEASURES."""
-    train, test = quality.load_splits()
-    cnn, _ = quality.classifier(quality.first_network, 1e-2, train, device)
-
-    def features(images):
-        return quality.embed(cnn[:-1], images, device)
-
-    real = features(test[0])
-    generator = torch.Generator().manual_seed(0)
-    draws = train[0][torch.randperm(len(train[0]), generator=generator)].split(count)
-    draws = draws[: quality.FLOOR_DRAWS]
-    unseen = real[torch.randperm(len(real), generator=generator)[:count]]
-
-    def measure(images):
-        fake, answers = features(images), quality.embed(cnn, images, device)
-        fd = quality.frechet_over_floor(real, {'fake': images}, draws, features)
-        near = quality.neighbourhoods(unseen, fake)
-        return {
-            'FD / floor': fd['FD / floor, low, high']['fake'][0],
-            'recognised': quality.recognised(answers),
-            **{name: near[name] for name in ('precision', 'recall')},
-        }
-
-    return measure
+def measured(images, yard):
+    """MEASURES of the images. Recognised is by the classifier of FD, which knows digits only."""
+    recognised = quality.recognised(quality.embed(yard.cnn, images))
+    scores = yard.scores(images) | {'recognised': recognised}
+    return {name: scores[name] for name in MEASURES}
 
 
 def machine(device):
     """The machine, what it computes in, and the version of torch."""
-    name = torch.cuda.get_device_name() if device.type == 'cuda' else processor()
-    return f'{name}, {ddpm.half_precision(device) or torch.float32}, torch {version("torch")}'
-
-
-def cost(change, samples):
-    """Of a part, as the number of images that pass forward through the baseline's UNET."""
-    settings = settings_of(change)
-    unet, steps = settings['unet'], change.steps or settings['num_time_steps']
-    size = sum(unet['Channels']) / sum(ddpm.PREVIEW['unet']['Channels'])
-    size *= ATTENTION_COST if any(unet['Attentions']) else 1
-    trained = change.weights != change.name or Path(settings['checkpoint_path']).exists()
-    images = 0 if trained else 60_000 * settings['num_epochs']
-    return size * (TRAINING_COST * images + samples * steps)
+    return (
+        f'{processor()}, {ddpm.half_precision(device) or torch.float32}, torch {version("torch")}'
+    )
 
 
 def work(folder, samples):
     """Measures the changes that are missing, each into a file of the folder. Raises
     ddpm.UserError."""
     left = [change for change in LIST if not (folder / file_name(change)).exists()]
-    costs = [cost(change, samples) for change in left]
     device = ddpm.best_device()
-    measure = yardstick(samples, device) if left else None
+    yard = quality.Yardstick(samples) if left else None
     folder.mkdir(parents=True, exist_ok=True)
-    how = '{desc} {percentage:3.0f}%|{bar:12}| {remaining} left'
-    with tqdm(None, total=sum(costs), bar_format=how, smoothing=0) as bar:
-        for i, (change, size) in enumerate(zip(left, costs), 1):
-            bar.set_description_str(f'Part {i}/{len(left)}, {change.name}')
-            began = time.monotonic()
-            try:
-                images = make(change, samples)
-                part = {'digits': images[:10].clone(), 'scores': measure(images)}
-            except ddpm.UserError as error:
-                if not str(error).startswith(DIVERGED):
-                    raise
-                part = {'failed': str(error).split('. ')[0]}
-            part['minutes'] = (time.monotonic() - began) / 60
-            part['machine'] = machine(device)
-            ddpm.save_checkpoint(folder / file_name(change), part)
-            write_result(folder, samples)
-            bar.update(size)
+    for change in tqdm(left, 'Changes', unit='change'):
+        tqdm.write(change.name)
+        began = time.monotonic()
+        try:
+            images = make(change, samples)
+            part = {'digits': images[:10].clone(), 'scores': measured(images, yard)}
+        except ddpm.UserError as error:
+            if not str(error).startswith(DIVERGED):
+                raise
+            part = {'failed': str(error).split(': ')[0]}
+        part['minutes'] = (time.monotonic() - began) / 60
+        part['machine'] = machine(device)
+        ddpm.save_checkpoint(folder / file_name(change), part)
+        write_result(folder, samples)
 
 
 # ---- The report; parts is {name: what `work` has stored} -----------------------------------------
@@ -432,7 +385,7 @@ def seen(change, parts):
     by = {m: d for m, d in by.items() if abs(d) > limits[m]}
     against = f' against "{other.name}"' if other.name != BASELINE else ''
     if not by:
-        return 'same', f'No difference{against} beyond the spread.'
+        return 'same', f'Nothing seen{against} beyond the spread.'
     first, d = next(iter(by.items()))
     better = (d < 0) == (first == 'FD / floor')
     return 'better' if better else 'worse', f'Seen{against}: {in_words(by)}.'
@@ -445,16 +398,17 @@ def short(scores):
 
 
 def report(parts):
-    """Markdown tables, one a group."""
-    text = ''
-    for group in GROUPS:
-        rows = []
-        for change in LIST:
-            if change.group == group and change.name in parts:
-                part = parts[change.name]
-                what = f'**{change.name}** {change.why} {seen(change, parts)[1]}'.strip()
-                rows.append([what, *(short(part['scores']) if 'scores' in part else [''] * 4)])
-        text += table([group, *MEASURES], rows) + '\n'
+    """Markdown: a table of what was seen, and the rest in a sentence."""
+    rows, rest = [], []
+    for change in (change for change in LIST if change.name in parts):
+        scores = short(parts[change.name]['scores']) if 'scores' in parts[change.name] else [''] * 4
+        verdict, words = seen(change, parts)
+        if verdict == 'same' or change.name in REPEATS:
+            rest.append(f'{change.name} ({scores[0]})')
+        else:
+            rows.append([f'**{change.name}** {change.why} {words}'.strip(), *scores])
+    text = table(['', *MEASURES], rows)
+    text += f'\nNothing was seen beyond the spread of (FD / floor): {"; ".join(rest)}.\n'
     for what, repeats in (('on the same weights', [NOISE]), ('otherwise', REPEATS)):
         text += f'No difference counts {what} up to {in_words(margins(repeats, parts))}.\n'
     return text
@@ -483,10 +437,10 @@ def draw_row(ax, change, parts, x, y):
 
 
 def draw_figure(parts, path):
-    """A row of digits for each change, from the same noise; sampling has a column of its own."""
+    """A row of digits for each change, from the same noise; training has a column of its own."""
     fig = plt.figure()
     ax, bottom = fig.add_axes([0, 0, 1, 1]), 0
-    for x, groups in ((0.25, GROUPS[:2]), (0.25 + COLUMN, GROUPS[2:])):
+    for x, groups in ((0.25, GROUPS[:1]), (0.25 + COLUMN, GROUPS[1:])):
         y = 0.75
         for group in groups:
             ax.text(x, y, group, va='center', fontsize=13, weight='bold')
@@ -511,12 +465,11 @@ def draw_figure(parts, path):
 
 
 def write_result(folder, samples):
-    """Writes the result and the tables of the parts that are done, and returns these parts."""
+    """Writes the result of the parts that are done, and returns these parts."""
     paths = {change.name: folder / file_name(change) for change in LIST}
     parts = {name: torch.load(path) for name, path in paths.items() if path.exists()}
     about = {
         'date': datetime.date.today().isoformat(),
-        'versions': {package: version(package) for package in ('torchmetrics', 'prdc')},
         'hours': sum(part['minutes'] for part in parts.values()) / 60,
         'N': samples,
         'baseline': settings_of(CHANGES[BASELINE]),
@@ -528,7 +481,6 @@ def write_result(folder, samples):
     }
     RESULT.parent.mkdir(parents=True, exist_ok=True)
     RESULT.write_text(json.dumps({**about, 'changes': changes}, indent=1) + '\n')
-    RESULT.with_suffix('.md').write_text(report(parts))
     return parts
 
 
@@ -543,8 +495,9 @@ def main(arguments=None):
         sys.exit(f'ablations.py: {error}')
     except KeyboardInterrupt:
         sys.exit(130)
-    draw_figure(write_result(folder, args.samples), FIGURE)
-    print(RESULT.with_suffix('.md').read_text() + f'{RESULT}, {FIGURE}')
+    parts = write_result(folder, args.samples)
+    draw_figure(parts, FIGURE)
+    print(report(parts) + f'{RESULT}, {FIGURE}')
 
 
 if __name__ == '__main__':

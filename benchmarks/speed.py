@@ -5,8 +5,8 @@
 
 Works on CUDA and on a CPU. The contestants take turns (A B C D A B C D ...), so that other load and
 the machine's temperature affect all of them alike. Ratios are formed within a round; their median
-over the rounds is shown with the smallest and the largest. Prints tables and writes
-benchmarks/results/speed-DEVICE.json.
+over the rounds is shown with the smallest and the largest. Prints tables, and keeps the figures of
+each kind of machine in benchmarks/results/speed.json.
 
 * ddpm.py trains by `ddpm.train` itself, compiled as for a long run, and samples by
   `ddpm.reverse_process`.
@@ -26,22 +26,23 @@ multiplied; the table says how many.
 """
 
 import argparse
-import contextlib
 import copy
 import datetime
-import io
 import itertools
 import json
 import multiprocessing
 import platform
 import resource
-import statistics
 import sys
 import tempfile
 import time
 import warnings
-from importlib.metadata import PackageNotFoundError, version
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import redirect_stderr, redirect_stdout
+from importlib.metadata import version
+from io import StringIO
 from pathlib import Path
+from statistics import median
 from unittest import mock
 
 import torch
@@ -59,30 +60,20 @@ try:
     from diffusers import DDIMScheduler, DDPMScheduler, UNet2DModel
     from diffusers.training_utils import EMAModel
 except ImportError:
-    UNet2DModel = None  # not installed: does not take part
+    UNet2DModel = None  # it does not take part
 try:
     from denoising_diffusion_pytorch import GaussianDiffusion, Unet
     from ema_pytorch import EMA
 except ImportError:
     Unet = None
 
-RESULTS = Path(__file__).parent / 'results'
+RESULT = Path(__file__).parent / 'results/speed.json'
 DIGITS = 10  # of the article's inference
 WARM = 2  # steps before the clock starts
+SMALL = dict(Channels=[8, 16], Attentions=[False, True], Upscales=[False, True], num_groups=4)
 SIZES = {  # of the models: the article's and its like, or small ones to try the benchmark itself
     'full': {'unet': {}, 'width': 64, 'widths': (64, 128, 256, 352), 'compile from': 0},
-    'small': {
-        'unet': dict(
-            Channels=[8, 16, 32, 32],
-            Attentions=[False, True, False, False],
-            Upscales=[False, False, True, True],
-            num_groups=4,
-            num_heads=2,
-        ),
-        'width': 8,
-        'widths': (32, 32, 32, 32),
-        'compile from': 1000,
-    },
+    'small': {'unet': SMALL, 'width': 8, 'widths': (32, 32, 32, 32), 'compile from': 1000},
 }
 
 
@@ -105,9 +96,7 @@ def batches(batch_size, workers=4):
     return itertools.chain.from_iterable(itertools.repeat(loader))
 
 
-# ==============================================================================================
-# The contestants. `training` and `sampling` yield after each step, and go on from there.
-# ==============================================================================================
+# ---- The contestants: `training` and `sampling` yield after each step, and go on from there ------
 
 
 class Ours:
@@ -123,40 +112,32 @@ class Ours:
     def loss_of_one(self, x):
         return ddpm.diffusion_loss(self.model, ddpm.DDPM_Scheduler(), x, torch.tensor([5]), x)
 
-    def train(self, batch_size, steps, side=32):
-        """Seconds that `steps` steps of ddpm.train take, after WARM others."""
-        images = torch.randint(256, ((steps + WARM) * batch_size, 1, side, side))
+    def train(self, batch_size, steps, warm=WARM):
+        """Seconds that `steps` steps of ddpm.train take, after `warm` others."""
+        images = torch.randint(256, ((steps + warm) * batch_size, 1, 32, 32)).to(torch.uint8)
         step_done, clock = ddpm.Run.step_done, []
 
         def timed(run, loss):
-            if run.step + 1 in (WARM, WARM + steps):  # before the last step is saved
+            if run.step + 1 in (warm, warm + steps):  # before the last step is saved
                 clock.append(now(self.device))
             step_done(run, loss)
 
-        def load_images(*_):
-            return images.to(torch.uint8)
-
+        run = dict(num_epochs=1, unet=self.size['unet'], sample_every=0)
         with (
             mock.patch.object(ddpm.Run, 'step_done', timed),
-            mock.patch.object(ddpm, 'load_images', load_images),
+            mock.patch.object(ddpm, 'load_images', lambda *_: images),
             mock.patch.object(ddpm, 'COMPILE_FROM', self.size['compile from']),
             mock.patch.object(ddpm, 'save_checkpoint'),
             mock.patch.object(ddpm, 'draw_losses'),
             tempfile.TemporaryDirectory() as folder,
-            contextlib.redirect_stdout(io.StringIO()),
-            contextlib.redirect_stderr(io.StringIO()),
+            redirect_stdout(StringIO()),
+            redirect_stderr(StringIO()),
         ):
-            ddpm.train(
-                batch_size,
-                num_epochs=1,
-                checkpoint_path=f'{folder}/checkpoint',
-                unet=self.size['unet'],
-                sample_every=0,
-            )
+            ddpm.train(batch_size, checkpoint_path=f'{folder}/checkpoint', **run)
         return clock[1] - clock[0]
 
     def sampling(self, num_steps):
-        model = ddpm.to_device(self.model, self.device)
+        model = ddpm.to_device(self.model.eval(), self.device)
         scheduler = ddpm.DDPM_Scheduler().to(self.device)
         while True:
             x = torch.randn(DIGITS, 1, 32, 32, device=self.device)
@@ -335,9 +316,7 @@ CONTESTANTS += [Diffusers] if UNet2DModel else []
 CONTESTANTS += [DenoisingDiffusion] if Unet else []
 
 
-# ==============================================================================================
-# Measuring
-# ==============================================================================================
+# ---- Measuring -----------------------------------------------------------------------------------
 
 
 def now(device):
@@ -364,54 +343,32 @@ def set_cudnn(contestant):
 
 
 def gflop_of_image(contestant):
-    """(forward, forward and backward) of one image of 32 x 32."""
-    counts = []
-    for backward in (False, True):
-        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-            loss = contestant.loss_of_one(torch.rand(1, 1, 32, 32))
-            if backward:
-                loss.backward()
-        counts.append(counter.get_total_flops() / 1e9)
+    """Forward and backward, of one image of 32 x 32."""
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        contestant.loss_of_one(torch.rand(1, 1, 32, 32)).backward()
     contestant.model.zero_grad()
-    return counts
+    return counter.get_total_flops() / 1e9
 
 
 def matrix_rate(device):
     """TFLOP/s of the product of two square matrices, in 16 bits where ddpm.py would use them."""
     n, repeats = (8192, 20) if device.type == 'cuda' else (2048, 5)
-    a = torch.randn(n, n, device=device)
-    a = a.to(ddpm.half_precision(device) or torch.float32)
-
-    def products():
-        while True:
-            yield a @ a
-
-    return max(2 * n**3 * repeats / pace(products(), repeats, device) for _ in range(3)) / 1e12
+    a = torch.randn(n, n, device=device).to(ddpm.half_precision(device) or torch.float32)
+    products = (a @ a for _ in itertools.count())
+    return max(2 * n**3 * repeats / pace(products, repeats, device) for _ in range(3)) / 1e12
 
 
-def peak_memory(contestant, size, device, batch_size, queue):
-    """Puts the peak memory in GB into the queue: the GPU's, or on a CPU this whole process's."""
-    Contestant = {c.name: c for c in CONTESTANTS}[contestant]
+def peak_memory(Contestant, size, device, batch_size):
+    """In GB: the GPU's, or on a CPU this whole process's."""
     Contestant(SIZES[size], device).train(batch_size, 1)
     kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     cuda = device.type == 'cuda'
-    queue.put((torch.cuda.max_memory_allocated() if cuda else kilobytes * 1024) / 1e9)
+    return (torch.cuda.max_memory_allocated() if cuda else kilobytes * 1024) / 1e9
 
 
 def in_another_process(function, *arguments):
-    context = multiprocessing.get_context('spawn')
-    queue = context.Queue()
-    process = context.Process(target=function, args=(*arguments, queue))
-    process.start()
-    while process.is_alive() and queue.empty():
-        time.sleep(0.1)
-    process.join()
-    return queue.get() if process.exitcode == 0 else None
-
-
-def spread(values):
-    """(median, least, most)"""
-    return statistics.median(values), min(values), max(values)
+    with ProcessPoolExecutor(1, multiprocessing.get_context('spawn')) as pool:
+        return pool.submit(function, *arguments).result()
 
 
 def contest(size, device, batch_size, rounds, steps, sampling_steps):
@@ -419,68 +376,33 @@ def contest(size, device, batch_size, rounds, steps, sampling_steps):
     contestants = [Contestant(SIZES[size], device) for Contestant in CONTESTANTS]
     results = {}
     for c in contestants:
-        forward, training = gflop_of_image(c)
         results[c.name] = {
             'parameters': sum(p.numel() for p in c.model.parameters()),
-            'GFLOP an image forward': forward,
-            'GFLOP an image in training': training,
-            'peak memory, GB': in_another_process(peak_memory, c.name, size, device, batch_size),
+            'GFLOP an image in training': gflop_of_image(c),
+            'peak memory, GB': in_another_process(peak_memory, type(c), size, device, batch_size),
+            'images a second': [],
         }
-    turns = {c.name: [] for c in contestants}
     for turn in range(rounds + 1):
         for c in contestants:
             set_cudnn(c)
             seconds = c.train(batch_size, steps)
             if turn:  # the first round warms up: compilation, workers, choice of algorithms
-                turns[c.name].append(steps * batch_size / seconds)
+                results[c.name]['images a second'].append(steps * batch_size / seconds)
     for num_steps in (1000, 50):
         processes = {c: c.sampling(num_steps) for c in contestants}
-        times = {c.name: [] for c in contestants}
         for turn in range(rounds + 1):
             for c, process in processes.items():
                 set_cudnn(c)
-                if turn == 0 and device.type == 'cuda':
-                    pace(process, 1, device)
                 # the article has no shorter process than its 1000 steps
                 length = 1000 if isinstance(c, Article) else num_steps
                 count = min(sampling_steps, length)
-                if turn:
-                    times[c.name].append(pace(process, count, device) * length / count)
-        for name in times:
-            results[name][f'ten digits, {num_steps} steps, seconds'] = times[name]
-    for name, values in turns.items():
-        results[name]['images a second'] = values
-        results[name]['TFLOP/s'] = (
-            statistics.median(values) * results[name]['GFLOP an image in training'] / 1e3
-        )
+                seconds = pace(process, count if turn else 1, device) * length / count
+                times = results[c.name].setdefault(f'ten digits, {num_steps} steps, seconds', [])
+                times += [seconds] if turn else []
     return results
 
 
-def curves(size, device, batch_size, steps, seconds):
-    """Images a second of ddpm.train against batch size and against image size. Points that do not
-    fit into memory, or would take longer than `seconds`, are left out."""
-    ours, curve = Ours(SIZES[size], device), {'batch size': {}, 'image size': {}}
-    sweeps = [('batch size', b, b, 32) for b in (16, 32, 64, 128, 256, 512, 1024)]
-    sweeps += [('image size', side, batch_size, side) for side in (32, 64, 96, 128)]
-    expected = {}
-    for axis, value, count, side in sweeps:
-        work = count * side**2
-        if (expected.get(axis, 0) * work) * (steps + WARM) > seconds:
-            continue
-        torch.compiler.reset()  # otherwise the later points get kernels for dynamic shapes
-        try:
-            taken = ours.train(count, steps, side)
-        except torch.OutOfMemoryError as error:
-            print(f'{axis} {value}: {ddpm.one_line(error)}')
-            continue
-        expected[axis] = taken / steps / work
-        curve[axis][value] = steps * count / taken
-    return curve
-
-
-# ==============================================================================================
-# The report
-# ==============================================================================================
+# ---- The report ----------------------------------------------------------------------------------
 
 
 def table(head, rows):
@@ -492,34 +414,31 @@ def table(head, rows):
 
 def report(result):
     """The tables, from what the JSON file holds."""
-    found, rate = result['contestants'], result['matrix rate, TFLOP/s']
-    first, rows, times = found[Ours.name], [], []
-    for name, f in found.items():
-        pace = spread(f['images a second'])
-        ratios = [a / b for a, b in zip(first['images a second'], f['images a second'])]
-        rows.append(
-            [name, f'{f["parameters"] / 1e6:.1f} M', f['GFLOP an image in training']]
-            + [f'{pace[0]:.3g}', f['TFLOP/s'], f'{f["TFLOP/s"] / rate:.0%}', f['peak memory, GB']]
-            + ['{:.2f} ({:.2f} to {:.2f})'.format(*spread(ratios))]
-        )
-        row = [name]
-        for steps in (1000, 50):
-            key = f'ten digits, {steps} steps, seconds'
-            ratios = [b / a for a, b in zip(first[key], f[key])]
-            row += [statistics.median(f[key]), '{:.2f} ({:.2f} to {:.2f})'.format(*spread(ratios))]
-        times.append(row)
+    found, rate, faster = result['contestants'], result['matrix rate, TFLOP/s'], 'is faster by'
+    trained, sampled = [], []
+
+    def ratio(figures, key, power=1):
+        """How much faster the first is: median, smallest and largest ratio within a round."""
+        pairs = zip(found[Ours.name][key], figures[key])
+        ratios = [(ours / theirs) ** power for ours, theirs in pairs]
+        return f'{median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})'
+
+    for name, figures in found.items():
+        key, work = 'images a second', figures['GFLOP an image in training']
+        pace = median(figures[key])
+        row = [name, f'{figures["parameters"] / 1e6:.1f} M', work, pace]
+        row += [f'{pace * work / 1e3 / rate:.0%}', figures['peak memory, GB']]
+        trained.append([*row, ratio(figures, key)])
+        keys = [f'ten digits, {steps} steps, seconds' for steps in (1000, 50)]
+        cells = [(median(figures[key]), ratio(figures, key, -1)) for key in keys]
+        sampled.append([name, *itertools.chain(*cells)])
     text = f'Training, batch {result["batch size"]}, {result["steps a turn"]} steps a turn, '
     text += f'{result["rounds"]} rounds; a matrix product reaches {rate:.3g} TFLOP/s:\n\n'
-    head = ['', 'weights', 'GFLOP an image', 'images a second', 'TFLOP/s', 'of the matrix rate']
-    text += table([*head, 'GB', 'ddpm.py is faster by'], rows)
+    head = ['', 'weights', 'GFLOP an image', 'images a second', 'of the matrix rate', 'GB']
+    text += table([*head, f'{Ours.name} {faster}'], trained)
     count = result['timed steps of the reverse process']
     text += f'\nTen digits, seconds; {count} steps a turn were timed, then multiplied:\n\n'
-    head = ['', '1000 steps', 'ddpm.py is faster by', '50 steps', 'ddpm.py is faster by']
-    text += table(head, times)
-    for axis, points in result['curves'].items():
-        text += f'\nImages a second against {axis}:\n\n'
-        text += table([axis, *map(str, points)], [['', *points.values()]])
-    return text
+    return text + table(['', '1000 steps', faster, '50 steps', faster], sampled)
 
 
 def main(arguments=None):
@@ -530,48 +449,34 @@ def main(arguments=None):
     parser.add_argument('--steps', type=int, default=200 if cuda else 4, help='of training, a turn')
     sampling = 250 if cuda else 4
     parser.add_argument('--sampling-steps', type=int, default=sampling, help='of a turn')
-    parser.add_argument('--seconds', type=float, default=60, help='the most for a curve point')
     parser.add_argument('--size', choices=SIZES, default='full', help='of the models')
-    parser.add_argument('--output', type=Path, default=RESULTS, help='folder of the JSON file')
     args = parser.parse_args(arguments)
-    for package in ('diffusers', 'denoising-diffusion-pytorch'):
-        if not installed(package):
-            print(f'{package} is not installed and does not take part')
     warnings.simplefilter('ignore')  # of the DataLoader: more workers than cores
     device, start = ddpm.best_device(), time.monotonic()
     found = contest(args.size, device, args.batch, args.rounds, args.steps, args.sampling_steps)
+    packages = ['torch', *(Contestant.name for Contestant in CONTESTANTS[2:])]
+    machine = f'{processor()}, {ddpm.half_precision(device) or torch.float32}'
     result = {
         'date': datetime.date.today().isoformat(),
-        'machine': torch.cuda.get_device_name() if cuda else processor(),
-        'versions': {'python': platform.python_version()}
-        | {p: installed(p) for p in ('torch', 'diffusers', 'denoising-diffusion-pytorch')},
+        'versions': {package: version(package) for package in packages},
         'batch size': args.batch,
         'rounds': args.rounds,
         'steps a turn': args.steps,
         'timed steps of the reverse process': args.sampling_steps,
         'matrix rate, TFLOP/s': matrix_rate(device),
         'contestants': found,
-        'curves': curves(args.size, device, args.batch, args.steps, args.seconds),
         'minutes': (time.monotonic() - start) / 60,
     }
-    name = result['machine'].split()[-1] if cuda else 'cpu'
-    args.output.mkdir(parents=True, exist_ok=True)
-    path = args.output / f'speed-{name}.json'
-    path.write_text(json.dumps(result, indent=1) + '\n')
+    before = json.loads(RESULT.read_text()) if RESULT.exists() else {}
+    RESULT.write_text(json.dumps({**before, machine: result}, indent=1) + '\n')
     print(report(result))
-    print(f'{result["machine"]}, {result["minutes"]:.1f} minutes; {path}')
-
-
-def installed(package):
-    """Its version, or None."""
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
+    print(f'{machine}, {result["minutes"]:.1f} minutes; {RESULT}')
 
 
 def processor():
-    """The CPU's name, where Linux tells it, and the number of threads in use."""
+    """The GPU's name, or the CPU's, where Linux tells it, and the number of threads in use."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
     info = Path('/proc/cpuinfo')
     lines = info.read_text().splitlines() if info.exists() else []
     names = [line.split(': ')[1] for line in lines if line.startswith('model name')]

@@ -6,12 +6,14 @@
 Everything is seeded: the same figures each time, up to rounding on another machine."""
 
 import io
-import json
+import re
 import shutil
 import sys
-import tempfile
+from contextlib import redirect_stdout
 from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from unittest.mock import patch
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -26,6 +28,7 @@ FOLDER = ROOT / 'docs/figures'
 sys.path.insert(0, str(ROOT))
 import ddpm  # noqa: E402
 
+ddpm.best_device = lambda: torch.device('cpu')  # the same figures also where there is a GPU
 # a phone shows a page 6 inches wide at half its size: so no text is smaller than 12 points
 STYLE = {'font.size': 13, 'axes.grid': True, 'grid.alpha': 0.3, 'lines.linewidth': 2}
 DARK, BLUE, ORANGE = '#222222', '#1f6fb4', '#d9730d'
@@ -74,7 +77,17 @@ def axes(height, rows=1, **settings):
 @cache
 def pretrained():
     model = ddpm.load_model(ddpm.PRETRAINED)
-    return model.cpu(), ddpm.DDPM_Scheduler(model.time_steps)
+    return model, ddpm.DDPM_Scheduler(model.time_steps)
+
+
+@cache
+def page():
+    """The names that the page's own blocks define: its play is drawn by the code it shows."""
+    names, text = {}, (ROOT / 'docs/ddpm.md').read_text()
+    with redirect_stdout(io.StringIO()):
+        for code in re.findall(r'^```python\n(.*?)^```$', text, re.M | re.S):
+            exec(code, names)
+    return names
 
 
 @cache
@@ -94,24 +107,14 @@ def jump(scheduler, x, t, eps):
 
 @cache
 def article_samples():
-    """16 images in all 500 steps: the grid and the film of `inference`, and a strip."""
-    outputs, draw, kept = ddpm.OUTPUTS, ddpm.Pictures.draw, {}
-
-    def draw_and_keep(pictures, images):
-        kept.update({t: pictures.frames[t][0] for t in pictures.strip})
-        draw(pictures, images)
-
-    ddpm.OUTPUTS, ddpm.Pictures.draw = Path(tempfile.mkdtemp()), draw_and_keep
-    try:
+    """16 images in all steps, with the grid, the film and half of the strips of `inference`."""
+    with TemporaryDirectory() as folder, patch.object(ddpm, 'OUTPUTS', Path(folder)):
         images = ddpm.inference(ddpm.PRETRAINED, num_images=16, seed=0)
+        drawn = ddpm.folder_of_pictures(ddpm.PRETRAINED)
         for name in ('grid.png', 'reverse.gif'):
-            shutil.copy(ddpm.OUTPUTS / ddpm.PRETRAINED.name / name, FOLDER / name)
-    finally:
-        shutil.rmtree(ddpm.OUTPUTS)
-        ddpm.OUTPUTS, ddpm.Pictures.draw = outputs, draw
-    rows = [[kept[t][i] for t in kept] for i in range(5)]
-    titles = [f't={t}' for t in kept][:-1] + ['$x_0$']
-    save_rows('reverse', rows, [''] * 5, titles, left=0.05)
+            shutil.copy(drawn / name, FOLDER)
+        strips = Image.open(drawn / 'reverse.png')
+        strips.crop((0, 0, strips.width, strips.height - 5 * 66)).save(FOLDER / 'reverse.png')
     return images
 
 
@@ -124,7 +127,7 @@ def forward():
         [jump(scheduler, digits()[i], t, gaussian(i, 1, 32, 32)) for t in times] for i in (0, 2)
     ]
     titles = [f'{"t = " if t == 0 else ""}{t}' for t in times]
-    save_rows('forward', rows, ['', ''], titles, low=-1, high=2, left=0.05)
+    save_rows('forward', rows, ['', ''], titles, left=0.05)
 
 
 def schedule():
@@ -177,7 +180,7 @@ def prediction():
     x_0 = (x_t - (1 - abar).sqrt() * predicted) / abar.sqrt()
     labels = ['$x_t$', 'noise in it', 'predicted', 'implied $x_0$']
     rows, titles = [x_t, eps.expand(6, -1, -1, -1), predicted, x_0], [f't = {t}' for t in times]
-    save_rows('prediction', rows, labels, titles, [-0.5, -3, -3, 0], [1.5, 3, 3, 1])
+    save_rows('prediction', rows, labels, titles, [0, -3, -3, 0], [1, 3, 3, 1])
 
 
 def sigma():
@@ -197,11 +200,9 @@ def noise():
     """From the same x_T: as in Algorithm 2, without the noise of the steps, with one draw more."""
     (model, scheduler), kept = pretrained(), article_samples()[:10]
     respace, x_T = ddpm.respace, gaussian(0, 16, 1, 32, 32)[:10]  # as `sample` draws it
-    ddpm.respace = lambda *a: (*respace(*a)[:2], torch.zeros(model.time_steps))
-    try:
+    without = lambda *a: (*respace(*a)[:2], torch.zeros(model.time_steps))  # noqa: E731
+    with patch.object(ddpm, 'respace', without):
         mean = ddpm.sample(model, 10, seed=0, noise=x_T)
-    finally:
-        ddpm.respace = respace
     more = kept + scheduler.beta[0].sqrt() * gaussian(1, *kept.shape)
     labels = ['Algorithm 2', 'no noise\nin the steps', 'noise also\nat the end']
     save_rows('noise', [kept, mean, more], labels)
@@ -344,7 +345,7 @@ def ema_samples():
     start, rows, labels = ddpm.UNET(**saved['unet']), [], []
     for epochs in (10, 15, 20, 30, None):
         share = 0.9999 ** (epochs * EPOCH) if epochs else 0
-        mixed = ddpm.load_model(ddpm.PRETRAINED).cpu()
+        mixed = ddpm.load_model(ddpm.PRETRAINED)
         with torch.no_grad():
             for m, s, p in zip(mixed.parameters(), start.parameters(), model.parameters()):
                 m.copy_(share * s + (1 - share) * p)
@@ -355,19 +356,18 @@ def ema_samples():
 
 def progress():
     """The first epoch of the preview, 3,000 steps: its samples and its loss."""
-    steps, outputs, shown = ddpm.PROGRESS_STEPS, ddpm.OUTPUTS, (150, 450, 900, 1500, 3000)
-    folder = Path(tempfile.mkdtemp())
-    ddpm.PROGRESS_STEPS, ddpm.OUTPUTS = 30, folder
-    try:
-        path = folder / 'checkpoints/run'
+    shown = (150, 450, 900, 1500, 3000)
+    with (
+        TemporaryDirectory() as folder,
+        patch.multiple(ddpm, PROGRESS_STEPS=30, OUTPUTS=Path(folder)),
+    ):
+        path = Path(folder) / 'run'
         settings = dict(checkpoint_path=path, num_epochs=1, seed=0, sample_every=0.05)
         ddpm.train(**{**ddpm.PREVIEW, **settings})
         losses = ddpm.load_checkpoint(path)['losses']
-        grids = [Image.open(folder / f'run/progress/epoch_{n / 3000:06.2f}.png') for n in shown]
+        drawn = ddpm.folder_of_pictures(path) / 'progress'
+        grids = [Image.open(drawn / f'epoch_{n / 3000:06.2f}.png') for n in shown]
         rows = [np.asarray(grid.convert('L'))[2:66] for grid in grids]
-    finally:
-        ddpm.PROGRESS_STEPS, ddpm.OUTPUTS = steps, outputs
-        shutil.rmtree(folder)
     figure = plt.figure(figsize=(6, 6))
     ax = figure.add_axes((0.17, 0.63, 0.78, 0.35), yscale='log', xlim=(0, 3000))
     ax.plot(range(15, 3000, 30), losses.reshape(-1, 30).mean(1), color=DARK)
@@ -385,74 +385,74 @@ def progress():
 
 
 def fewer_steps():
-    """With FD / floor of 1,000 such samples below the number of steps, where it was measured."""
     model, _ = pretrained()
-    scores = json.loads((ROOT / 'benchmarks/results/recognised.json').read_text())
-    x_T, rows, labels = gaussian(0, 16, 1, 32, 32)[:10], [], []
-    for steps in (12, 20, 30, 50):
-        rows.append(ddpm.sample(model, 10, steps, seed=0, noise=x_T))
-        score = scores['samples of checkpoints/mnist'][f'{steps} steps']['FD-CNN / floor']
-        labels.append(f'{steps} steps\nscore {score:.1f}')
-    save_rows('fewer_steps', [*rows, article_samples()[:10]], [*labels, '500 steps'])
+    x_T, counts = gaussian(0, 16, 1, 32, 32)[:10], (12, 20, 30, 50)
+    rows = [ddpm.sample(model, 10, steps, seed=0, noise=x_T) for steps in counts]
+    labels = [f'{steps} steps' for steps in (*counts, model.time_steps)]
+    save_rows('fewer_steps', [*rows, article_samples()[:10]], labels)
 
 
 # ---- Play: the pictures of section 11 -----------------------------------------------------------
 
 
+def nearest(x):
+    """The index of the training digit that is nearest to each image."""
+    return torch.cdist(x.flatten(1), page()['data'].flatten(1)).argmin(1)
+
+
 def play_tensor():
     """Eight samples, and the training digit that is nearest to each."""
-    model, _ = pretrained()
-    x = ddpm.sample(model, 8, 20, seed=1)
-    data = ddpm.to_input(ddpm.load_images('MNIST'))
-    nearest = data[torch.cdist(x.flatten(1), data.flatten(1)).argmin(1)]
-    save_rows('play_tensor', [x, nearest], ['samples', 'nearest of\n60,000'])
+    x = ddpm.sample(pretrained()[0], 8, 20, seed=1)
+    save_rows('play_tensor', [x, page()['data'][nearest(x)]], ['samples', 'nearest of\n60,000'])
 
 
-def without_chance(model, scheduler, x, num_steps):
-    """DDIM with eta = 0 (its eq. 12, 16): the image is a function of the noise x, (N, 1, H, W)."""
-    times = ddpm.sampling_times(model.time_steps, num_steps)
-    for t, s in zip(times, [*times[1:], None]):
-        abar = scheduler(t)[1]
-        after = torch.ones_like(abar) if s is None else scheduler(s)[1]
-        with torch.no_grad():
-            eps = model(x, t)
-        x_0 = (x - (1 - abar).sqrt() * eps) / abar.sqrt()  # eq. 4, solved for x_0
-        x = after.sqrt() * x_0 + (1 - after).sqrt() * eps  # eq. 4 again, at s
-    return x
+def play_ask():
+    """Ten times the digits 0 to 9, of which the first ten are shown, and how many the labels of
+    the nearest training digits agree with."""
+    (_, scheduler), asked = pretrained(), torch.arange(100) % 10
+    rows, labels = [], []
+    for scale in (0, 1, 2, 4):
+        torch.manual_seed(0)
+        guided = page()['asking_for'](asked, scale)
+        *_, (_, x) = ddpm.reverse_process(guided, gaussian(0, 100, 1, 32, 32), scheduler, 20)
+        right = (page()['labels'][nearest(x.clamp(0, 1))] == asked).sum()
+        rows.append(x[:10])
+        labels.append(f'scale {scale}:\n{right} of 100')
+    save_rows('play_ask', rows, labels)
+
+
+def play_half():
+    """Two upper halves, each finished in eight ways."""
+    _, scheduler = pretrained()
+    top, rows = page()['top'], []
+    for known in (digits()[7:8], digits()[1:2]):
+        torch.manual_seed(0)
+        finishing = page()['finishing'](known, top)
+        *_, (_, x) = ddpm.reverse_process(finishing, gaussian(0, 8, 1, 32, 32), scheduler, 20)
+        rows.append(torch.cat([known * top, torch.where(top, known, x)]))
+    save_rows('play_half', rows, ['', ''], ['given', *[''] * 8], left=0.05)
 
 
 def play_between():
     """Two noises and seven between them: with the sampler as it is, and without chance."""
-    a, b = torch.randn(2, 1, 1, 32, 32, generator=torch.Generator().manual_seed(0))
+    a, b = gaussian(0, 2, 1, 1, 32, 32)
     angles = torch.linspace(0, torch.pi / 2, 9)
     noises = torch.cat([angle.cos() * a + angle.sin() * b for angle in angles])
     model, scheduler = pretrained()
     sampled = [ddpm.sample(model, 1, 50, seed=0, noise=noise[None]) for noise in noises]
-    x = without_chance(model, scheduler, noises, 50)
+    x = page()['without_chance'](model, scheduler, noises, 50)
     labels = ['$x_T$', 'Algorithm 2', r'$\eta = 0$']
     save_rows('play_between', [noises, torch.cat(sampled), x], labels, (), [-3, 0, 0], [3, 1, 1])
 
 
-class Clipped(torch.nn.Module):
-    """A model whose noise is the one that an x_0 clipped to [0, 1] implies."""
-
-    def __init__(self, model, scheduler):
-        super().__init__()
-        self.model, self.scheduler = model, scheduler
-        self.time_steps, self.image_size = model.time_steps, model.image_size
-        self.input_channels = model.input_channels
-
-    def forward(self, x, t):
-        abar = self.scheduler(t)[1][:, None, None, None]
-        x_0 = (x - (1 - abar).sqrt() * self.model(x, t)) / abar.sqrt()
-        return (x - abar.sqrt() * x_0.clamp(0, 1)) / (1 - abar).sqrt()
-
-
 def play_clip():
     model, scheduler = pretrained()
-    x = ddpm.sample(model, 10, 10, seed=0)
-    clipped = ddpm.sample(Clipped(model, scheduler), 10, 10, seed=0)
-    save_rows('play_clip', [x, clipped], ['10 steps', '$x_0$ clipped'])
+    x_T, rows = gaussian(0, 10, 1, 32, 32), []
+    for function in (model, page()['clipped']):
+        torch.manual_seed(0)
+        *_, (_, x) = ddpm.reverse_process(function, x_T, scheduler, 10)
+        rows.append(x)
+    save_rows('play_clip', rows, ['10 steps', '$x_0$ clipped'])
 
 
 def play_times():
@@ -462,7 +462,7 @@ def play_times():
         rows.append(jump(ddpm.DDPM_Scheduler(T), x, T - 1, gaussian(0, *x.shape)))
         labels.append(f'T = {T}')
     rows.append(gaussian(0, *x.shape))
-    save_rows('play_times', rows, [*labels, 'noise alone'], low=-1.5, high=2)
+    save_rows('play_times', rows, [*labels, 'noise alone'])
 
 
 @torch.no_grad()
@@ -498,6 +498,8 @@ FIGURES = [
     progress,
     fewer_steps,
     play_tensor,
+    play_ask,
+    play_half,
     play_between,
     play_clip,
     play_times,

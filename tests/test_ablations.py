@@ -2,39 +2,31 @@
 whole at a tiny size."""
 
 import json
-import os
 import sys
-import time
-from functools import wraps
-from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, few_images
+from conftest import ROOT, SMALL, TINY, small_unet
 from PIL import Image
 from torch import nn
 
 import ddpm
 
-pytest.importorskip('torchmetrics')
-pytest.importorskip('prdc')
 sys.path.insert(0, str(ROOT / 'benchmarks'))
 import ablations  # noqa: E402
-from ablations import BASELINE, CHANGES, LIST, quality  # noqa: E402
+from ablations import BASELINE, CHANGES, LIST  # noqa: E402
 
 T = 20
 BETA = np.linspace(1e-4, 0.02, T)
 ABAR = np.cumprod(1 - BETA)
 SCHEDULER = ddpm.DDPM_Scheduler(T)
 NOISE = torch.randn(4, 1, 32, 32, generator=torch.Generator().manual_seed(0))
+REPLACED = {name for change in LIST for name in change.patches}
+BATCH = torch.rand(4, 1, 32, 32), torch.tensor([0, 3, 9, 19]), NOISE  # x, t, eps
 pytestmark = pytest.mark.usefixtures('float32')
-
-
-def unet(**changes):
-    torch.manual_seed(0)
-    return ddpm.UNET(**{**ddpm.PREVIEW['unet'], 'time_steps': T, **changes}).eval()
 
 
 class Knows(nn.Module):
@@ -45,15 +37,13 @@ class Knows(nn.Module):
         self.x_0, self.what = x_0, what
 
     def forward(self, x_t, t):
-        a, s = (
-            torch.tensor(v[t]).float()[:, None, None, None] for v in (ABAR**0.5, (1 - ABAR) ** 0.5)
-        )
+        a, s = (torch.tensor(v[t]).float()[:, None, None, None] ** 0.5 for v in (ABAR, 1 - ABAR))
         eps = (x_t - a * self.x_0) / s
         return {'eps': eps, 'x_0': self.x_0 + 0 * x_t, 'v': a * eps - s * self.x_0}[self.what]
 
 
-def draw(process, model, num_steps=None, seed=0):
-    torch.manual_seed(seed)
+def draw(process, model, num_steps=None):
+    torch.manual_seed(0)
     return list(process(model, NOISE, SCHEDULER, num_steps))[-1][1]
 
 
@@ -61,17 +51,13 @@ def process_of(name):
     return CHANGES[name].patches['reverse_process']
 
 
-# ---- Sampling --------------------------------------------------------------------------------
-
-
 def test_samplers_are_the_programs_where_they_must_be():
-    model = unet()
-    theirs = draw(ddpm.reverse_process, model)
-    assert torch.allclose(draw(ablations.sampler(), model), theirs, atol=1e-3 * theirs.abs().max())
-    for steps in (3, 10, 19):
-        ours = draw(process_of('DDIM 10, eta 1'), model, steps)
+    model = nn.Module()
+    model.forward = lambda x, t: (x * (1 + t[:, None, None, None] / T)).tanh()
+    for steps in (None, 3, 10, 19):
+        ours = process_of('DDIM 10, eta 1') if steps else ablations.sampler()
         theirs = draw(ddpm.reverse_process, model, steps)
-        assert torch.allclose(ours, theirs, atol=1e-3 * theirs.abs().max()), steps
+        assert torch.allclose(draw(ours, model, steps), theirs, atol=1e-3 * theirs.abs().max())
 
 
 @pytest.mark.parametrize('num_steps', [None, 5])
@@ -86,9 +72,9 @@ def test_a_step_has_the_mean_and_the_variance_of_the_papers(num_steps):
     expected = {
         'x_0 clipped': (mean, beta),
         'sigma² = beta-tilde': (mean, tilde),
-        'DDIM 10, eta 1': (mean, tilde),
         'no noise added': (mean, 0),
-        'DDIM 10, eta 0': (straight, 0),
+        **{f'DDIM {steps}, eta 1': (mean, tilde) for steps in (50, 20, 10)},
+        'DDIM 50, eta 0': (straight, 0),
     }
     for name, (mean, variance) in expected.items():
         torch.manual_seed(0)
@@ -98,63 +84,26 @@ def test_a_step_has_the_mean_and_the_variance_of_the_papers(num_steps):
         assert x.var().item() == pytest.approx(variance, rel=0.02, abs=1e-9), name
 
 
-def test_clipping_and_the_last_step():
-    for name, change in CHANGES.items():
-        if name.startswith('DDIM') or name in ('x_0 clipped', 'no noise added'):
-            reached = draw(process_of(name), Knows(1.7), change.steps and 5)
-            assert reached.mean() == pytest.approx(1 if 'clipped' in name else 1.7, abs=1e-3), name
+def test_clipping_the_last_step_and_dropout():
+    for name, ends in {'x_0 clipped': 1, 'no noise added': 1.7, 'cosine, x_0 clipped': 1}.items():
+        assert draw(process_of(name), Knows(1.7)).mean() == pytest.approx(ends, abs=1e-3), name
     noise = draw(process_of('noise after last step'), Knows(0.5)) - 0.5
     assert noise.std().item() == pytest.approx(BETA[0] ** 0.5, rel=0.05)
-
-
-def test_dropout_is_on_where_it_is_said_to_be():
-    model = unet(**ablations.ATTENTION, dropout_prob=0.5)
-    dropout = {ddpm.Attention, nn.Dropout}
+    model, dropout = small_unet(dropout_prob=0.5), {ddpm.Attention, nn.Dropout}
     for name, on in (('... on in attention', {ddpm.Attention}), ('... on everywhere', dropout)):
         draws = [list(process_of(name)(model, NOISE, SCHEDULER, 2))[0] for _ in 'ab']
         assert {type(m) for m in model.modules() if m.training} & dropout == on, name
         assert not torch.equal(*(x for _, x in draws))
 
 
-# ---- Training --------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def batch():
-    """x, t from where there is hardly any noise to where there is most, and eps."""
-    x = torch.rand(4, 1, 32, 32, generator=torch.Generator().manual_seed(1))
-    return x, torch.tensor([0, 3, 9, 19]), NOISE
-
-
-def test_weights_of_the_loss(batch):
-    x, t, eps = batch
+def test_weights_of_the_loss_and_t_spread_over_the_batch():
+    x, t, eps = BATCH
     snr, square = (ABAR / (1 - ABAR))[t], eps.square().mean((1, 2, 3)).numpy()
     weights = {'min-SNR-5': np.minimum(snr, 5) / snr, 'sqrt(1 - abar)': np.sqrt(1 - ABAR)[t]}
     for name, weight in weights.items():
         loss = CHANGES[f'loss by {name}'].patches['diffusion_loss']
         found = loss(lambda x, t: 0 * x, SCHEDULER, x, t, eps)
         assert found.item() == pytest.approx((weight * square).mean(), rel=1e-4), name
-    model = unet()
-    plain = ddpm.diffusion_loss(model, SCHEDULER, x, t, eps)
-    assert torch.isclose(ablations.loss()(model, SCHEDULER, x, t, eps), plain)
-
-
-@pytest.mark.parametrize('what', ['x_0', 'v'])
-def test_what_is_predicted_is_learned_and_turned_into_eps(batch, what):
-    x, t, eps = batch
-    patches = CHANGES[f'predicts {what}'].patches
-    assert patches['diffusion_loss'](Knows(x, what), SCHEDULER, x, t, eps) < 1e-7
-    found = draw(patches['reverse_process'], Knows(x, what))
-    assert torch.allclose(found, draw(ddpm.reverse_process, Knows(x)), atol=1e-4)
-
-
-def test_symmetric_data_go_there_and_back():
-    patches, images = CHANGES['[-1, 1] data'].patches, torch.tensor([[[[0, 51, 255]]]]).byte()
-    assert torch.allclose(patches['to_input'](images), torch.tensor([-1, -0.6, 1]))
-    assert draw(patches['reverse_process'], Knows(-0.6)).mean() == pytest.approx(0.2, abs=1e-3)
-
-
-def test_t_is_spread_over_the_batch():
     seen, x = [], torch.zeros(10, 1, 32, 32)
     for seed in range(50):
         torch.manual_seed(seed)
@@ -163,33 +112,39 @@ def test_t_is_spread_over_the_batch():
     assert set(torch.cat(seen).tolist()) == set(range(T))
 
 
-def test_cosine_schedule_is_that_of_diffusers():
+@pytest.mark.parametrize('what', ['x_0', 'v'])
+def test_what_is_predicted_is_learned_and_turned_into_eps(what):
+    x, t, eps = BATCH
+    patches = CHANGES[f'predicts {what}'].patches
+    assert patches['diffusion_loss'](Knows(x, what), SCHEDULER, x, t, eps) < 1e-7
+    found = draw(patches['reverse_process'], Knows(x, what))
+    assert torch.allclose(found, draw(ddpm.reverse_process, Knows(x)), atol=1e-4)
+
+
+def test_symmetric_data_and_the_cosine_schedule():
+    patches, images = CHANGES['[-1, 1] data'].patches, torch.tensor([[[[0, 51, 255]]]]).byte()
+    assert torch.allclose(patches['to_input'](images), torch.tensor([-1, -0.6, 1]))
+    assert draw(patches['reverse_process'], Knows(-0.6)).mean() == pytest.approx(0.2, abs=1e-3)
     theirs = pytest.importorskip('diffusers').DDPMScheduler(T, beta_schedule='squaredcos_cap_v2')
     ours = ablations.Cosine(T)
     assert torch.allclose(ours.beta, theirs.betas, atol=1e-5)
     assert torch.allclose(ours(torch.arange(T))[1], theirs.alphas_cumprod, atol=1e-5)
 
 
-# ---- The network -----------------------------------------------------------------------------
-
-
 @torch.no_grad()
-def test_without_time_and_without_skips():
+def test_networks_without_time_without_skips_and_with_a_norm():
     for Table, same in ((ddpm.SinusoidalEmbeddings, False), (ablations.Timeless, True)):
         with mock.patch.object(ddpm, 'SinusoidalEmbeddings', Table):
-            model = unet()
+            model = small_unet()
         assert torch.equal(model(NOISE, [0]), model(NOISE, [T - 1])) == same
     for Layer, kept in ((ddpm.UnetLayer, True), (ablations.Skipless, False)):
         with mock.patch.object(ddpm, 'UnetLayer', Layer):
-            model, joined = unet(), []
-        for layer in (model.Layer5, model.Layer6, model.late_conv):
+            model, joined = small_unet(), []
+        for layer in (model.Layer4, model.late_conv):
             layer.register_forward_pre_hook(lambda _, given, joined=joined: joined.append(given[0]))
         model(NOISE, [0])
-        for x, skip in zip(joined, (32, 16, 8)):  # channels of the skips, which come last
+        for x, skip in zip(joined, (16, 8)):  # channels of the skips, which come last
             assert x[:, :-skip].any() and x[:, -skip:].any() == kept
-
-
-def test_attention_with_a_norm_and_a_skip():
     x = torch.randn(2, 16, 4, 4)
     theirs, ours = ddpm.Attention(16, 8, 0.0), ablations.NormedAttention(16, 8, 0.0)
     ours.load_state_dict(theirs.state_dict(), strict=False)
@@ -198,45 +153,56 @@ def test_attention_with_a_norm_and_a_skip():
     assert torch.allclose(ours(x), x + theirs(normed.reshape(x.shape)), atol=1e-4)
 
 
-# ---- What is said about it, and the whole ----------------------------------------------------
-
-
-def test_each_change_changes_what_it_names_and_nothing_else():
+def test_the_baseline_is_the_preview_but_for_what_it_names():
     base = ablations.settings_of(CHANGES[BASELINE])
-    assert base['num_epochs'] == 2 and base['seed'] == 0 and base['unet'] == ddpm.PREVIEW['unet']
-    own = {k: v for k, v in base.items() if v != ddpm.PREVIEW[k]}
-    others = {'seed', 'sample_every', 'checkpoint_path'}
-    assert own.keys() == {'batch_size', 'lr', 'ema_decay'} | others
-    stored = json.loads(ablations.RESULT.read_text())['baseline']
-    assert all(base[name] == stored[name] for name in stored.keys() - {'save_minutes'})
-    expected = {
-        'another seed': {'seed': 1},
-        'EMA 0.9999': {'ema_decay': 0.9999},
-        'lr constant': {'lr_decay': False},
-        'batch 64': {'batch_size': 64},
-        'T = 1000': {'num_time_steps': 1000},
-        '[-1, 1] data, T = 1000': {'num_time_steps': 1000},
-        'half the lr': {'lr': 1.5e-3},
-        'no time embedding': {'lr': 1.5e-3},
-        '2x wide, half the steps': {
-            'num_epochs': 1,
-            'lr': 1.5e-3,
-            'Channels': [16, 32, 64, 128, 128, 96],
-        },
-        "the article's attention": ablations.ATTENTION,
-        'attention, norm and skip': ablations.ATTENTION,
-        'attention, dropout 0.1': {**ablations.ATTENTION, 'dropout_prob': 0.1},
-    }
-    flat = {**base, **base['unet'], 'unet': 0, 'checkpoint_path': 0}
+    own = {k for k, v in base.items() if v != ddpm.PREVIEW[k]}
+    assert own == {'batch_size', 'lr', 'ema_decay', 'seed', 'sample_every', 'checkpoint_path'}
+    stored = json.loads(ablations.RESULT.read_text())
+    assert all(base[k] == v for k, v in stored['baseline'].items() if k != 'save_minutes')
+    assert list(stored['changes']) == list(CHANGES)
+
+
+def test_each_change_is_in_force_while_it_trains_and_samples(monkeypatch):
+    """And its samples are of the weights, the steps and the noise that it names."""
+    seen, model = [], mock.Mock()
+
+    def state():
+        return {name: getattr(ddpm, name) for name in REPLACED}
+
+    def sample(model, *numbers, seed):
+        seen.extend([state(), (*numbers, seed)])
+        return torch.zeros(1)
+
+    monkeypatch.setattr(ddpm, 'train', lambda **settings: seen.extend([settings, state()]))
+    monkeypatch.setattr(ddpm, 'load_model', lambda path: seen.append(path) or model)
+    monkeypatch.setattr(ddpm, 'load_checkpoint', lambda path: {'weights': path})
+    monkeypatch.setattr(ddpm, 'sample', sample)
+    before, base = state(), ablations.settings_of(CHANGES[BASELINE])
     for change in LIST:
-        settings = ablations.settings_of(change)
-        settings = {**settings, **settings['unet'], 'unet': 0, 'checkpoint_path': 0}
-        changed = {k: v for k, v in settings.items() if v != flat[k]}
-        assert changed == expected.get(change.weights, {}), change.name
-        others = change.patches or change.noise or change.part != 'ema' or change.name == BASELINE
-        assert change.name in expected or others
-    assert CHANGES['EMA 0.9999'].patches == {'ModelEmaV3': ablations.without_warmup}
-    assert len({ablations.file_name(change) for change in LIST}) == len(CHANGES) == len(LIST)
+        seen.clear()
+        model.reset_mock()
+        ablations.make(change, 3)
+        settings, trained, path, sampled, numbers = seen
+        training = CHANGES[change.weights]
+        assert trained == sampled == before | training.patches | change.patches, change.name
+        differ = {k for k in base if settings[k] != base[k]} - {'checkpoint_path'}
+        assert differ == {*training.settings} | ({'unet'} if training.unet else set())
+        assert path == settings['checkpoint_path'] and numbers == (3, change.steps, change.noise)
+        last = [mock.call(path)] if change.part == 'weights' else []
+        assert model.load_state_dict.mock_calls == last
+        assert change.name == BASELINE or differ or sampled != before or last or any(numbers[1:])
+
+
+def test_what_is_replaced_is_what_the_program_uses(workdir, monkeypatch):
+    doubles = {name: mock.Mock(wraps=getattr(ddpm, name)) for name in REPLACED}
+    for name, double in doubles.items():
+        monkeypatch.setattr(ddpm, name, double)
+    ddpm.train(**TINY)
+    assert {name for name in REPLACED if not doubles[name].called} == {'reverse_process'}
+    for double in doubles.values():
+        double.reset_mock()
+    ddpm.sample(ddpm.load_model(TINY['checkpoint_path']), 2, 3)
+    assert {n for n in REPLACED if not doubles[n].called} == {'diffusion_loss', 'to_input'}
 
 
 def scored(fd, recognised=0.8):
@@ -245,16 +211,12 @@ def scored(fd, recognised=0.8):
 
 
 def test_what_lies_within_the_spread_does_not_count():
-    cases = {
-        'batch 64': (
-            scored(16),
-            'same',
-            'No difference',
-        ),  # 13 is 1.3 times: up to 1.69 is the spread
+    cases = {  # 13 is 1.3 times the baseline's 10: up to 1.69 is the spread between runs
+        'batch 64': (scored(16), 'same', 'Nothing seen'),
         'lr constant': (scored(17.1), 'worse', 'FD / floor x 1.7.'),
         'T = 1000': (scored(5, 0.85), 'better', 'FD / floor x 0.5, recognised +5 points.'),
         'x_0 clipped': (scored(13), 'worse', 'FD / floor x 1.3.'),  # on the same weights
-        'no noise added': (scored(10.5, 0.78), 'same', 'No difference'),
+        'no noise added': (scored(10.5, 0.78), 'same', 'Nothing seen'),
         'DDIM 10, eta 1': (scored(10, 0.5), 'worse', 'recognised -30 points.'),
         'cosine, x_0 clipped': (scored(10), 'same', 'against "x_0 clipped"'),
         'predicts v': ({'failed': 'the loss is nan'}, 'worse', 'Failed: the loss is nan.'),
@@ -264,99 +226,49 @@ def test_what_lies_within_the_spread_does_not_count():
     for name, (_, verdict, sentence) in cases.items():
         found = ablations.seen(CHANGES[name], parts)
         assert found[0] == verdict and sentence in found[1], (name, found)
-    assert 'No difference counts otherwise up to FD / floor x 1.7' in ablations.report(parts)
+    text = ablations.report(parts)
+    assert 'No difference counts otherwise up to FD / floor x 1.7' in text
+    assert 'batch 64 (16); ' in text and '| **predicts v** A mixture' in text
 
 
-def test_a_run_that_may_have_diverged_is_a_failure(tmp_path, monkeypatch):
-    """train keeps such a run beside its checkpoint, which then lacks the last steps."""
-    monkeypatch.chdir(tmp_path)
-
-    path = Path(ablations.settings_of(CHANGES[BASELINE])['checkpoint_path'])
-    suspect = Path(f'{path}.suspect')
-    path.parent.mkdir(parents=True)
-    suspect.touch()
-    monkeypatch.setattr(ddpm, 'train', lambda **_: None)
-    with pytest.raises(ddpm.UserError, match=f'^{ablations.DIVERGED}'):
-        ablations.make(CHANGES[BASELINE], 10)
-    path.touch()
-    for file, error in ((path, 'not a usable checkpoint'), (suspect, ablations.DIVERGED)):
-        later = time.time_ns() + 10**9
-        os.utime(file, ns=(later, later))  # what was saved last counts
-        with pytest.raises(ddpm.UserError, match=error):
-            ablations.make(CHANGES[BASELINE], 10)
-        os.utime(file, ns=(0, 0))
-
-
-def test_the_weights_of_the_last_step_and_their_ema(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(ddpm, 'load_images', few_images)
-    seen = []
-
-    def sample(model, *_, **__):
-        seen.append([*model.parameters()])
-        return torch.zeros(1, 1, 32, 32)
-
-    monkeypatch.setattr(ddpm, 'sample', sample)
-    for name in (BASELINE, 'without the EMA'):
-        ablations.make(CHANGES[name], 10)
-    saved = ddpm.load_checkpoint(ablations.settings_of(CHANGES[BASELINE])['checkpoint_path'])
-    for found, part in zip(seen, ('ema', 'weights')):
-        assert all(map(torch.equal, found, saved[part].values()))
-    assert not torch.equal(seen[0][0], seen[1][0])
-
-
-def test_the_whole_resumes_where_it_stopped(tmp_path, monkeypatch, capsys):
-    (images, labels), (test, test_labels) = quality.load_splits()
-    few = (images[:300], labels[:300]), (test[:50], test_labels[:50])
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(quality, 'load_splits', lambda: few)
-    monkeypatch.setattr(quality, 'EPOCHS', 1)
-    monkeypatch.setattr(ddpm, 'load_images', lambda *_: images[:8])
+def test_the_whole_resumes_where_it_stopped(workdir, monkeypatch, capsys):
+    """Two steps on eight of twelve digits, a run that diverges, and two parts that are stopped."""
+    names = [BASELINE, 'batch 64', 'other noise', 'no noise added']
+    scores, made, images, make = scored(9)['scores'], [], [], ablations.make
+    loss, cnn = ddpm.diffusion_loss, nn.Sequential(nn.Flatten(), nn.Linear(1024, 10))
+    nn.init.constant_(cnn[1].weight, 0)  # it is sure of nothing
+    yard = SimpleNamespace(cnn=cnn, scores=lambda images: {**scores, 'FD': 5})
+    small = {'dataset': 'Few', 'num_time_steps': 3, 'unet': SMALL}
+    monkeypatch.setattr(ddpm, 'PREVIEW', ddpm.PREVIEW | small)
     monkeypatch.setattr(ddpm, 'draw_losses', lambda *_: None)
-    monkeypatch.setattr(ddpm, 'PREVIEW', ddpm.PREVIEW | {'num_time_steps': 3})
-    monkeypatch.setitem(ablations.BASE, 'batch_size', 4)
+    monkeypatch.setattr(ablations.quality, 'Yardstick', lambda count: yard)
+    monkeypatch.setattr(ablations, 'LIST', [CHANGES[name] for name in names])
+    monkeypatch.setitem(CHANGES['batch 64'].settings, 'batch_size', 12)
     for name in ('RESULT', 'FIGURE'):
-        monkeypatch.setattr(ablations, name, tmp_path / getattr(ablations, name).name)
-    for change in LIST:
-        monkeypatch.setattr(change, 'steps', change.steps and 2)
-        for name, value in {'num_time_steps': 4, 'batch_size': 8}.items():
-            if name in change.settings:
-                monkeypatch.setitem(change.settings, name, value)
-    sampled, stop = [], [len(LIST) // 2]
-    real_sample, real_loss = ddpm.sample, ddpm.diffusion_loss
+        monkeypatch.setattr(ablations, name, workdir / getattr(ablations, name).name)
 
-    @wraps(real_sample)
-    def sample(*arguments, **options):
-        if len(sampled) == stop[0]:
+    def make_or_stop(change, samples):
+        made.append(change.name)
+        if len(made) == 3:
             raise KeyboardInterrupt
-        sampled.append(real_sample(*arguments, **options))
-        return sampled[-1]
+        images.append(make(change, samples))
+        return images[-1]
 
-    def loss(model, scheduler, x, *others):  # of a batch of 8 it is not finite
-        return real_loss(model, scheduler, x, *others) / (len(x) != 8)
+    def infinite(model, scheduler, x, *others):
+        return loss(model, scheduler, x, *others) / (len(x) != 12)
 
-    monkeypatch.setattr(ddpm, 'sample', sample)
-    monkeypatch.setattr(ddpm, 'diffusion_loss', loss)
+    monkeypatch.setattr(ablations, 'make', make_or_stop)
+    monkeypatch.setattr(ddpm, 'diffusion_loss', infinite)
     with pytest.raises(SystemExit, match='130'):
         ablations.main(['--samples', '10'])
-    assert len(json.loads(ablations.RESULT.read_text())['changes']) == stop[0] + 1
-    (folder,) = (tmp_path / 'outputs/ablations').iterdir()
-    done = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
-    stop[0] = None
     ablations.main(['--samples', '10'])
-    assert len(sampled) == len(LIST) - 1  # each once, but for the one whose training failed
-    assert all(path.stat().st_mtime_ns == time for path, time in done.items())
-
+    assert made == [*names[:3], *names[2:]]
     changes = json.loads(ablations.RESULT.read_text())['changes']
-    assert list(changes) == list(CHANGES)
-    failed = changes['batch 64']['failed']
-    assert failed.startswith(ablations.DIVERGED) and ('nan' in failed or 'inf' in failed)
-    found = [set(part.get('scores', ())) for part in changes.values()]
-    assert found.count({*ablations.MEASURES}) == len(LIST) - 1
-    table = ablations.RESULT.with_suffix('.md').read_text()
-    assert table in capsys.readouterr().out and all(f'**{name}**' in table for name in CHANGES)
+    assert list(changes) == names
+    assert changes[BASELINE]['scores'] == scores | {'recognised': 0}
+    assert changes['batch 64']['failed'].startswith(f'{ablations.DIVERGED} at step')
+    assert 'other noise (9); no noise added (9).' in capsys.readouterr().out
     figure = np.asarray(Image.open(ablations.FIGURE).convert('L'))
     line, left = int((0.25 + ablations.PITCH) * 32), int((0.25 + ablations.LABEL) * 32)
-    first = 255 - ddpm.to_uint8(sampled[0])[0, 0].numpy()  # one pixel in the figure for each
-    found = figure[line : line + 32, left : left + 32].astype(int)
-    assert abs(found - first).max() <= 1
+    first = 255 - images[0][0, 0].numpy()  # one pixel in the figure for each
+    assert abs(figure[line : line + 32, left : left + 32].astype(int) - first).max() <= 1

@@ -1,251 +1,146 @@
-"""benchmarks/full_run.py at a tiny size, on the CPU: every part, stopped and resumed."""
+"""benchmarks/full_run.py at a tiny size, on the CPU; torch.compile leaves everything as it is."""
 
-import hashlib
+import itertools
 import json
+import signal
 import sys
 import zipfile
-from contextlib import nullcontext
-from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
-from conftest import DIGITS, ROOT, TINY, small_unet
+from conftest import ROOT, TINY
 from PIL import Image
 
 import ddpm
 
 sys.path.append(str(ROOT / 'benchmarks'))
 import full_run  # noqa: E402
+from full_run import speed  # noqa: E402
 
-UNET = dict(Channels=[2, 4], Upscales=[False, True], num_groups=1, num_heads=2)
-UNET['Attentions'] = [False, True]
-FULL = {**TINY, 'unet': UNET, 'checkpoint_path': 'checkpoints/full'}
+UNET = dict(Channels=[2, 4], Attentions=[False, True], Upscales=[False, True], num_groups=1)
+FULL = {**TINY, 'unet': {**UNET, 'num_heads': 2}, 'num_time_steps': 10, 'checkpoint_path': 'full'}
 
 
-@pytest.fixture
-def tiny_full(workdir, monkeypatch):
-    """FULL for a tiny UNET and a few digits; nothing is really compiled."""
+@pytest.fixture(autouse=True)
+def tiny(workdir, monkeypatch):
+    """FULL is six steps on twelve digits."""
+    monkeypatch.setattr(torch, 'compile', lambda function, **options: function)
     monkeypatch.setattr(ddpm, 'FULL', FULL)
-    monkeypatch.setattr(full_run, 'COMPILED', nullcontext())
-    monkeypatch.setattr(full_run, 'BACKEND', 'eager')
-    full_run.PARTS.mkdir(parents=True)
-    return F.pad(DIGITS[:60], [2] * 4)
+    monkeypatch.setattr(ddpm, 'draw_losses', lambda *_: None)
+    small = dict(SIZE='small', STEPS=2, WARM=2, PROFILED=(0, 1), RESUMED=(1, 3))
+    for name, value in small.items():
+        monkeypatch.setattr(full_run, name, value)
 
 
-def test_every_part_and_resuming(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / 'pictures').mkdir()  # six steps an epoch
-    for i, digit in enumerate(DIGITS[:24, 0].numpy()):
-        Image.fromarray(digit).save(tmp_path / f'pictures/{i}.png')
-    monkeypatch.setattr(ddpm, 'FULL', {**FULL, 'dataset': 'pictures'})
-    monkeypatch.setattr(full_run, 'COMPILED', nullcontext())  # compiling takes long
-    monkeypatch.setattr(full_run, 'speeds', lambda: {'images a second': 1.0})
-    monkeypatch.setattr(full_run, 'LARGEST', 2000)
-    monkeypatch.setattr(full_run, 'step_profile', partial(full_run.step_profile, 2, 3))
-    monkeypatch.setattr(full_run, 'tried', lambda name: {'milliseconds a step': 1.0})
+def test_gradients_that_compiling_spoils_are_found(monkeypatch):
+    def spoil(model):
+        model.late_conv.weight.register_hook(lambda grad: 2 * grad)
 
-    def quality_in(steps, samples):
-        if steps == 50:
-            raise ImportError('no module', name='prdc')
-        return {'FD': 2.0}
-
-    monkeypatch.setattr(full_run, 'quality_in', quality_in)
-    out = tmp_path / 'out'
-    monkeypatch.setattr(full_run, 'BACKEND', 'eager')
-    full_run.main([str(out), '--minutes', '0', '--weights', '0'])  # training is stopped at once
-    assert 'run again to resume' in capsys.readouterr().out
-    assert not any('part' in name for name in json.loads((out / 'results.json').read_text()))
-    assert not (out / 'manifest.json').exists()
-
-    monkeypatch.setitem(full_run.LONG, 'part-04-quality-1000', 1000)
-    assert not full_run.main([str(out)])
-    assert 'part-04-quality-1000: too little time is left' in capsys.readouterr().out
-    assert not full_run.main([str(out), '--weights', *map(str, range(100))])  # it is the first now
-    said = capsys.readouterr().out
-    assert 'part-01-whole-run: done before' in said
-    assert 'part-03-quality-50: skipped, prdc is not installed' in said
-    results = json.loads((out / 'results.json').read_text())
-    assert results['part-06-two-epochs']['seconds an epoch'] > 0
-    shares = results['part-07-profile']['shares of the time']
-    assert shares['convolutions and matrix products'] > 0.05
-    assert sum(shares.values()) == pytest.approx(1)
-    assert results['part-09-attention']['largest of each layer']['Layer2.attention_layer']['q'] > 0
-    assert len(results['part-01-whole-run']['loss of each epoch']) == 2
-    assert len(results['part-01-whole-run']['seconds of each call, pictures included']) == 2
-    choices = [name[8:].replace(', ', ': ', 1) for name in results if 'part-' in name][8:]
-    assert choices == [*full_run.CHOICES]
-    assert full_run.LONG.keys() <= results.keys()
-    with zipfile.ZipFile(out / 'pictures.zip') as archive:
-        drawn = {f'full/{name}' for name in ('reverse.png', 'reverse.gif', 'grid.png', 'loss.png')}
-        assert {*drawn, 'full_run/ten_digits/full/grid.png'} <= set(archive.namelist())
-        pictures = [
-            Image.open(archive.open(f'{folder}full/grid.png')).size
-            for folder in ('', 'full_run/ten_digits/')
-        ]
-    assert pictures[0][1] > pictures[1][1]  # 64 digits of the whole run and 10 of the other
-    trained = results['part-05-attention-trained']
-    assert trained['ema']['Layer2.attention_layer'].keys() == {'q', 'k'}
-    assert 'failed' not in results
-
-    manifest = json.loads((out / 'manifest.json').read_text())
-    content = b''.join((out / name).read_bytes() for name in manifest)
-    assert len(manifest) > 1 and all((out / name).stat().st_size <= 2000 for name in manifest)
-    assert all(
-        hashlib.sha256((out / name).read_bytes()).hexdigest() == digest
-        for name, digest in manifest.items()
-    )
-    (tmp_path / 'joined').write_bytes(content)
-    ddpm.inference('joined', num_steps=2, num_images=1)
-    assert sorted(p.name for p in (tmp_path / 'checkpoints').glob('*[!k]')) == ['full']
-
-    # on another machine
-    (tmp_path / 'elsewhere').mkdir()
-    monkeypatch.chdir(tmp_path / 'elsewhere')
-    monkeypatch.setattr(full_run, 'quality_in', lambda *_: {'FD': 3.0})
-    monkeypatch.setattr(full_run.speed, 'processor', lambda: 'another')
-    assert not full_run.main(['out', '--after', str(out / 'results.json'), '--weights', '0'])
-    parts = json.loads(Path('out/results.json').read_text())
-    new = parts.pop('part-03-quality-50')
-    assert parts == results | {'machine': 'another'}
-    assert (new['FD'], new['measured on']) == (3.0, 'another')
+    monkeypatch.setattr(ddpm.UNET, 'compile', spoil)
+    (errors,) = full_run.gradients().values()
+    first, *others = errors.items()
+    assert first == ('late_conv.weight', pytest.approx([0, 1], abs=0.1)) and len(others) == 9
+    assert all(error == pytest.approx([0, 0], abs=0.1) for _, error in others)
 
 
-def test_controls_out_of_order_are_part_of_what_was_measured(tiny_full, monkeypatch):
-    quality = pytest.importorskip('quality')
-
-    def measured():
-        (full_run.PARTS / 'quality-full-50.json').write_text('{"broken": ["a < b"]}')
-        raise SystemExit('quality.py: controls out of order')
-
-    monkeypatch.setattr(quality, 'main', measured)
-    assert full_run.quality_in(50, 100) == {'broken': ['a < b']}
-    monkeypatch.setattr(quality, 'main', lambda: sys.exit('quality.py: no checkpoint'))
-    with pytest.raises(SystemExit, match='no checkpoint'):
-        full_run.quality_in(50, 100)
+def test_two_epochs_are_timed_and_profiled(monkeypatch):
+    steps, step_done = [], ddpm.Run.step_done
+    monkeypatch.setattr(ddpm.Run, 'step_done', lambda *a: steps.append(a) or step_done(*a))
+    monkeypatch.setattr(speed, 'now', lambda device: len(steps))  # a second a step
+    found = full_run.two_epochs()
+    assert found['seconds an epoch'] == 3 and len(steps) == 6
+    assert found['extrapolated minutes of the whole run'] == 3 * FULL['num_epochs'] / 60
+    assert found['milliseconds of a profiled step'] == 1000
+    assert found['largest shares']['aten::convolution_backward'] > 0
 
 
-def test_a_part_that_was_cut_off_begins_anew(tiny_full):
-    clock = full_run.train_and_watch(1)
-    (full_run.PARTS / 'checkpoint').write_bytes(b'of a call that ended')
-    assert len(full_run.train_and_watch(1)) == len(clock) > 1
+@pytest.mark.parametrize('exact', [True, False])
+def test_a_resume_that_is_not_exact_is_found(monkeypatch, exact):
+    if not exact:
+        monkeypatch.setattr(ddpm, 'fold_in', lambda *numbers: torch.seed() % 2**32)
+    found = full_run.stop_and_resume()
+    assert (found['the same'] == found['values and tensors'][0] > 100) == exact
+    assert len({*found['values and tensors']}) == 1
 
 
-def test_an_exported_file_samples_what_its_checkpoint_does(tiny_full):
-    ddpm.train(**ddpm.FULL)
-    full_run.main(['--export', 'checkpoints/full', 'small'])
-    small, whole = ddpm.load_checkpoint('small'), ddpm.load_checkpoint('checkpoints/full')
+def test_the_second_call_stopped_resumed_and_done(monkeypatch, capsys):
+    steps, loss = [], ddpm.diffusion_loss
+
+    def with_the_time_up(*batch):
+        steps.append(batch)
+        if len(steps) == 2:
+            signal.raise_signal(signal.SIGALRM)
+        return loss(*batch)
+
+    monkeypatch.setattr(ddpm, 'diffusion_loss', with_the_time_up)
+    monkeypatch.setattr(ddpm, 'draw_reverse', lambda *_: None)
+    monkeypatch.setitem(full_run.PARTS, 'quality', lambda: 1 / 0)
+    monkeypatch.setitem(full_run.PARTS, 'article', lambda: {'figure': 1})
+    with pytest.raises(SystemExit, match='^Stopped after step 2 .*the same command goes on'):
+        full_run.main(['out', 'second'])
+    assert full_run.main(['out', 'second']).keys() == {'quality'}
+    done, results = len(steps), json.loads(Path('out/results.json').read_text())
+    assert 'ZeroDivisionError' in results['failed']['quality'] and results['article']['figure'] == 1
+    (before, first), seconds, losses = [*results['whole_run'].values()][:3]
+    assert before == 2 and 0 < first < seconds[0] and len(seconds) == 4
+    assert len(losses) == 2 and done == 6
+    with zipfile.ZipFile('out/pictures.zip') as archive:
+        assert Image.open(archive.open('grid.png')).size[1] > 500  # 64 digits
+    monkeypatch.setitem(full_run.PARTS, 'quality', lambda: {'FD': 2})
+    assert full_run.main(['out', 'quality', 'second']) == {} and len(steps) == done
+    results = json.loads(Path('out/results.json').read_text())
+    assert results['quality']['FD'] == 2 and results['failed'] == {}
+    with pytest.raises(SystemExit):
+        full_run.main(['out', 'secnd'])
+
+
+def test_the_articles_loop_and_sampling_are_timed(monkeypatch):
+    batches = lambda size: itertools.repeat(torch.rand(size, 1, 28, 28))  # noqa: E731
+    monkeypatch.setattr(speed, 'batches', batches)
+    found = full_run.article()
+    assert found.keys() == {'ddpm.py', "the article's"} and min(found.values()) > 0
+    assert full_run.sampling_500()['seconds of 10 steps'] > 0
+
+
+def test_changes_of_the_average_and_the_generators_compute_the_same(monkeypatch):
+    for path in ('plain', 'changed'):
+        full_run.train(lambda run: None, path)
+        for change in (full_run.LISTS, full_run.SEEDS):
+            monkeypatch.setattr(*change)
+    one, two = (torch.load(f'checkpoints/{path}') for path in ('plain', 'changed'))
+    for part in ('weights', 'ema'):
+        assert all(map(torch.equal, one[part].values(), two[part].values()))
+
+
+@pytest.mark.parametrize('name', full_run.CHANGES)
+def test_a_change_is_in_force_while_it_is_timed(name, monkeypatch):
+    changes, seen, before = full_run.CHANGES[name], [], torch.compile
+
+    def timed(*how):
+        seen.append([getattr(where, name) is new for where, name, new in changes])
+        return 3.0 if how[1:3] == (4, 2) else 1.0
+
+    monkeypatch.setattr(speed.Ours, 'train', timed)
+    monkeypatch.setattr(speed, 'pace', timed)
+    monkeypatch.setattr(ddpm.UNET, 'compile', lambda model: seen.append(torch.compile))
+    assert [*full_run.changed(name).values()] == [1500, 500]
+    now = [new for _, name, new in changes if name == 'compile']
+    assert seen == [[True] * len(changes), *(now or [before]), [True] * len(changes)]
+    assert torch.compile is before
+
+
+def test_an_exported_file_samples_what_its_checkpoint_does():
+    ddpm.train(**FULL)
+    full_run.main(['--export', 'full', 'small'])
+    small, whole = (ddpm.load_checkpoint(path) for path in ('small', 'full'))
     raw = torch.load('small', weights_only=True)
-    assert raw.keys() == {'unet', 'ema', 'config'}
     assert {value.dtype for value in raw['ema'].values()} == {torch.float16}
+    assert raw.keys() == {'ema', 'unet', 'config', 'beta'}
     assert small['unet'] == whole['unet'] and small['config'] == whole['config']
-    for name, value in small['ema'].items():
-        assert value.dtype == torch.float32
-        torch.testing.assert_close(value, whole['ema'][name], rtol=1e-3, atol=1e-7)
-    assert not torch.equal(
-        whole['ema']['module.late_conv.weight'], whole['weights']['late_conv.weight']
-    )
-    ours, theirs = (
-        ddpm.sample(ddpm.load_model(path), 4, num_steps=2, seed=1)
-        for path in ('small', 'checkpoints/full')
-    )
+    ours, theirs = (ddpm.sample(ddpm.load_model(path), 4, 2, seed=1) for path in ('small', 'full'))
     assert (ours - theirs).abs().max() <= 2 / 255 < ours.max() - ours.min()
-    with pytest.raises(SystemExit, match='^full_run.py: there is no checkpoint missing'):
+    ema, weights = whole['ema'], whole['weights']
+    assert not torch.equal(ema['module.late_conv.weight'], weights['late_conv.weight'])
+    with pytest.raises(SystemExit, match='there is no checkpoint missing'):
         full_run.main(['--export', 'missing', 'small'])
-
-
-def test_queries_and_keys_are_found_where_attention_takes_them(monkeypatch):
-    model, seen = small_unet(dropout_prob=0.0), []
-    attention = full_run.ddpm.F.scaled_dot_product_attention
-
-    def spy(q, k, v, **options):
-        seen.append((q.abs().max().item(), k.abs().max().item()))
-        return attention(q, k, v, **options)
-
-    monkeypatch.setattr(full_run.ddpm.F, 'scaled_dot_product_attention', spy)
-    watcher = full_run.LargestOfAttention(model)
-    for seed in range(3):
-        torch.manual_seed(seed)
-        model(10**-seed * torch.randn(2, 1, 32, 32), [seed])
-    assert list(watcher.figures()) == ['Layer2.attention_layer']
-    found = watcher.figures()['Layer2.attention_layer']
-    for name, values in zip('qk', zip(*seen)):
-        assert len(set(values)) == 3 and found[name] == max(values)
-
-
-def test_queries_and_keys_of_training_are_those_of_the_network_that_trains(tiny_full):
-    figures = full_run.attention_in_training()['largest of each layer']
-    assert min(figures['Layer2.attention_layer'].values()) > 0
-
-
-def test_every_choice_is_timed_for_itself(tiny_full, monkeypatch):
-    def broken(*_):
-        raise RuntimeError('no graphs\nhere')
-
-    monkeypatch.setitem(full_run.CHOICES, 'broken', broken)
-    assert full_run.tried('broken') == {'failed': 'RuntimeError: no graphs here'}
-    for name in full_run.CHOICES.keys() - {'broken'}:
-        figures = full_run.tried(name, 2)
-        assert 'failed' not in figures, (name, figures)
-        assert figures['milliseconds a step'] > 0 and figures['seconds to the first'] > 0
-
-
-TRAINING = [name for name in full_run.CHOICES if name.startswith('training')]
-
-
-@pytest.mark.parametrize('name', TRAINING)
-def test_a_training_choice_computes_what_a_plain_step_does(tiny_full, float32, name):
-    """The weights after three steps, from the same random numbers."""
-    unet, after = {**UNET, 'dropout_prob': 0.0}, []
-    for choice in (full_run.step_of, full_run.CHOICES[name]):
-        torch.compiler.reset()
-        torch.manual_seed(0)
-        model = ddpm.to_device(ddpm.UNET(**unet), torch.device('cpu'))
-        before = [p.detach().clone() for p in model.parameters()]
-        step = choice(model, tiny_full, 4)
-        torch.manual_seed(1)
-        losses = [step().item() for _ in range(3)]
-        after.append([*model.parameters()])
-    assert all(not torch.equal(a, b) for a, b in zip(before, after[1]))
-    assert len(set(losses)) == 3
-    torch.testing.assert_close(*after)
-
-
-def test_the_benchmarks_step_averages_as_timm_does(tiny_full, monkeypatch):
-    monkeypatch.setitem(ddpm.FULL, 'ema_decay', 0.75)
-    model = ddpm.UNET(**UNET)
-    trainer, ema = full_run.Trainer(model, tiny_full, 4), ddpm.ModelEmaV3(model, decay=0.75)
-    for _ in range(3):
-        trainer.step()
-        ema.update(model)
-    torch.testing.assert_close(trainer.ema_weights, [*ema.module.parameters()])
-
-
-SAMPLING = [name for name in full_run.CHOICES if name.startswith('ten')]
-
-
-@pytest.mark.parametrize('name', SAMPLING)
-def test_a_sampling_choice_is_algorithm_2(tiny_full, float32, name):
-    torch.compiler.reset()
-    model = small_unet(**UNET, time_steps=5)
-    torch.manual_seed(1)
-    step = full_run.CHOICES[name](model, tiny_full, 4)
-    sampled = [step().clone() for _ in range(5)][-1]
-    torch.manual_seed(1)
-    process = ddpm.reverse_process(model, torch.randn(10, 1, 32, 32), ddpm.DDPM_Scheduler(5))
-    assert sampled.shape == (10, 1, 32, 32)
-    torch.testing.assert_close(sampled, list(process)[-1][1])
-
-
-def test_a_failure_is_noted_and_the_rest_goes_on(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    parts = 'two_epochs step_profile speeds tried ten_digits'.split()
-    for part in (*parts, 'attention_in_training', 'attention_of_the_weights'):
-        monkeypatch.setattr(full_run, part, lambda *_: {'figure': 1})
-    monkeypatch.setattr(full_run, 'whole_run', lambda deadline: 1 / 0)
-    monkeypatch.setattr(full_run, 'quality_in', lambda steps, samples: {'figure': 2})
-    failed = full_run.main([str(tmp_path / 'out')])
-    assert list(failed) == ['part-01-whole-run'] and 'ZeroDivisionError' in str(failed)
-    results = json.loads((tmp_path / 'out/results.json').read_text())
-    assert results['failed'] == failed and results['part-04-quality-1000']['figure'] == 2

@@ -1,62 +1,48 @@
-"""Where every tensor lies, proved without a GPU: torch's fake tensors have a device and a shape but
-no values. Two devices in one operation are an error here, and transfers are noted."""
+"""Where every tensor lies, proved without a GPU: torch's device `meta`, which computes shapes but
+not values, stands for it. Two devices in an operation are an error here, and transfers are counted.
+"""
 
-import ctypes
 import sys
-from functools import partial, wraps
-from pathlib import Path
-from unittest.mock import MagicMock
+from contextlib import nullcontext
+from functools import partial
 
+import numpy as np
 import pytest
 import torch
-from conftest import DIGITS, ROOT, TINY
-from PIL import Image
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from conftest import TINY
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 import ddpm
 
-sys.path.append(str(ROOT / 'benchmarks'))
-import full_run  # noqa: E402
-
-pytestmark = pytest.mark.filterwarnings('ignore:Accessing the data pointer of FakeTensor')
-
+pytestmark = pytest.mark.filterwarnings('ignore:.*copying from a non-meta parameter')
 UNET = dict(Channels=[2, 4], Attentions=[False, True], Upscales=[False, True], num_groups=1)
 UNET['num_heads'] = 2
-RUN = {**TINY, 'unet': UNET, 'batch_size': 3, 'num_time_steps': 5, 'sample_every': 1}
-GPU, aten = torch.device('cuda', 0), torch.ops.aten
+RUN = {**TINY, 'unet': UNET, 'batch_size': 2, 'num_time_steps': 5, 'num_epochs': 1}  # of 6 steps
+GPU, CPU, aten = torch.device('meta'), torch.device('cpu'), torch.ops.aten
 READING = aten._local_scalar_dense.default  # of `item`, `float(x)`, `if x:` and their like
-TRANSFERS = aten._to_copy.default, aten.copy_.default, aten._foreach_copy_.default, READING
+TRANSFERS = READING, aten._to_copy.default, aten.copy_.default, aten._foreach_copy_.default
 
 
 class Watch(TorchDispatchMode):
-    """Notes in `transfers` each operation that takes something to the GPU or from it."""
+    """Counts in `transfers` what takes something to the GPU or, all of it ones, from it."""
 
-    def __init__(self, fake):
-        super().__init__()
-        self.fake, self.transfers = fake, []
-
-    def as_fake(self, x):
-        return x if isinstance(x, FakeTensor) else self.fake.from_tensor(x)
+    transfers = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.namespace == 'prim':  # asks where a tensor is
-            return func(*args)
-        args, kwargs = tree_map_only(torch.Tensor, self.as_fake, (args, kwargs or {}))
-        with self:  # inference mode brings `item` and others in one piece
-            result = func.decompose(*args, **kwargs)
-        if result is not NotImplemented:
-            return result
-        result = 1 if func is READING else func(*args, **kwargs)
-        tensors = [x for x in tree_leaves((args, kwargs, result)) if isinstance(x, FakeTensor)]
-        # a single number of the CPU goes along with a call: that is no transfer
-        devices = {x.fake_device for x in tensors if x.ndim or func in TRANSFERS}
-        devices |= {torch.device('cpu')} if func is READING else set()
+        x, kwargs = args[0] if args else None, kwargs or {}
+        if func is READING and x.is_meta:
+            result, devices = 1, {GPU, CPU}
+        elif func in TRANSFERS and x.is_meta and kwargs.get('device') == CPU:
+            result, devices = torch.ones(x.shape, dtype=x.dtype), {GPU, CPU}
+        else:
+            result = func(*args, **kwargs)
+            tensors = [x for x in tree_leaves((args, kwargs, result)) if torch.is_tensor(x)]
+            # a single number of the CPU goes along with a call: that is no transfer
+            devices = {x.device for x in tensors if x.ndim or func in TRANSFERS}
         assert len(devices) < 2 or func in TRANSFERS, f'{func} mixes {devices}'
-        self.transfers += [str(func)] * (len(devices) > 1)
+        self.transfers += len(devices) > 1
         return result
 
 
@@ -73,210 +59,78 @@ class WatchDraws(TorchFunctionMode):
     """Random numbers come from a generator of the device that they are for."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if draws := kwargs.get('generator'):
-            of_x = args[0].device if args and isinstance(args[0], torch.Tensor) else 'cpu'
-            device = torch.device(kwargs.get('device', of_x))
-            assert draws.place == device, f'a generator of {draws.place} for {device}'
-        return func(*args, **kwargs)
-
-
-def really(function):
-    """On the CPU, with values: what is fake has none, and no fake module can be moved."""
-
-    @wraps(function, updated=())
-    def call(*args, **kwargs):
-        with _disable_current_modes():
-            return function(*args, **kwargs)
-
-    return call
+        result, draws = func(*args, **(kwargs or {})), (kwargs or {}).get('generator')
+        assert not draws or draws.place == result.device, f'a generator of {draws.place}'
+        return result
 
 
 @pytest.fixture
 def watch(workdir, monkeypatch):
-    """What ddpm.py does in a test, it does on a fake GPU, under a Watch. A backward pass would
-    start threads that need the driver: all models get gradients instead."""
-    models, saved, unet, ema, respaced = [], {}, ddpm.UNET, ddpm.ModelEmaV3, ddpm.respace
+    """What ddpm.py does in a test, it does on that GPU, under a Watch."""
+    save = ddpm.save_checkpoint
 
-    def backward(loss):
-        for parameter in (p for model in models for p in model.parameters()):
-            parameter.grad = torch.zeros_like(parameter)
+    def copied(path, state):  # as torch.save does with what has values
+        save(path, tree_map_only(torch.Tensor, torch.Tensor.cpu, state))
 
-    def save(path, state):
-        saved[path] = tree_map_only(torch.Tensor, lambda x: x.cpu(), state)
-        path.touch()
-
-    def picture(x):
-        assert x.device.type == 'cpu'
-        return Image.new('L', (8, 8))
-
-    def draw(pictures, images):
-        kept = [x for parts in pictures.frames.values() for x in parts]
-        assert kept and all(x.device.type == 'cpu' for x in [images, *kept])
-
-    def average(model, *decay, **warmup):
-        make = ema if next(model.parameters()).is_cuda else really(ema)
-        return make(model, *decay, **warmup)
-
-    def respace(*arguments):  # takes the timesteps to the GPU, once for all steps
-        before = len(watch.transfers)
-        result = respaced(*arguments)
-        assert watch.transfers[before:] == [str(aten._to_copy.default)] * 2
-        del watch.transfers[before:]
-        return result
-
-    def tolist(x):  # moves all at once; here losses, and the largest queries
-        x.cpu()
-        return [0.1] * x.numel()
-
-    @wraps(unet, updated=())  # whose arguments are checked by its signature
-    def kept(**arguments):
-        models.append(unet(**arguments))
-        return models[-1]
-
-    stubs = dict(UNET=really(kept))
-    for name in ('DDPM_Scheduler', 'sampling_times', 'times_to_show', 'load_images'):
-        stubs[name] = really(getattr(ddpm, name))
-    stubs |= dict(best_device=lambda: GPU, ModelEmaV3=average, to_pil_image=picture)
-    stubs |= dict(respace=respace, kernels=MagicMock())
-    stubs |= dict(draw_losses=MagicMock())
-    monkeypatch.setattr(ddpm.Pictures, 'draw', draw)
-    stubs |= dict(save_checkpoint=save, load_checkpoint=lambda path, **_: saved[Path(path)])
-    for name, stub in stubs.items():
-        monkeypatch.setattr(ddpm, name, stub)
-    monkeypatch.setattr(ddpm.Run, '__init__', really(ddpm.Run.__init__))
-    graphs = ('Stream', 'current_stream', 'stream', 'CUDAGraph', 'graph')
-    for name in ('is_bf16_supported', 'synchronize', *graphs):
-        monkeypatch.setattr(torch.cuda, name, MagicMock())
-    monkeypatch.setattr(torch.cuda.amp.common, 'amp_definitely_not_available', lambda: False)
-    monkeypatch.setattr(torch.backends.cudnn, 'enabled', False)
-    monkeypatch.setattr(torch.__future__, '_overwrite_module_params_on_conversion', True)
+    monkeypatch.setattr(ddpm, 'best_device', lambda: GPU)
+    monkeypatch.setattr(ddpm, 'autocast', lambda device: nullcontext())
+    monkeypatch.setattr(ddpm, 'save_checkpoint', copied)
     monkeypatch.setattr(torch, 'Generator', Draws)
-    monkeypatch.setattr(torch.Tensor, 'backward', backward)
-    monkeypatch.setattr(FakeTensor, 'tolist', tolist)
-    monkeypatch.setattr(FakeTensorMode, '__deepcopy__', lambda mode, _: mode, raising=False)
-    if not torch.cuda.is_available() and not hasattr(torch._C, '_ensureCUDADeviceGuardSet'):
-        # torch 2.7 would ask for a driver: as in later ones, the GPU gets a guard that does nothing
-        library = Path(torch.__file__).parent / 'lib/libc10.so'
-        if not library.exists():
-            pytest.skip('torch before 2.8, and not on Linux')
-        name = '_ZN3c104impl26device_guard_impl_registryE'
-        guards = (ctypes.c_void_p * 2).in_dll(ctypes.CDLL(str(library)), name)
-        guards[1] = guards[0]
-    plain = sdpa_kernel(SDPBackend.MATH)  # the others ask the GPU what it is
-    with torch.no_grad(), plain, WatchDraws(), FakeTensorMode() as fake, Watch(fake) as watch:
+    adam = sys.modules[torch.optim.Adam.__module__]
+    monkeypatch.setattr(adam, '_device_dtype_check_for_fused', lambda *_, **__: None, raising=False)
+    with WatchDraws(), Watch() as watch:
         yield watch
-
-
-@pytest.fixture
-def bar(watch, monkeypatch):
-    """The bar of a run, drawn anew at every third step however quick they are. From one refresh to
-    the next nothing is read; a refresh, and the line of an epoch, read one number. A save reads
-    all."""
-
-    class Bar(ddpm.tqdm):
-        def __init__(self, *arguments, **options):
-            super().__init__(*arguments, **options)
-            watch.transfers.clear()
-
-        def update(self, n=1):
-            assert not watch.transfers
-            super().update(n)
-            return self.n // n % 3 == 0
-
-        def set_postfix_str(self, text, refresh):
-            assert len(watch.transfers) == 1 and not refresh
-            watch.transfers.clear()
-
-        def set_description(self, text):
-            assert len(watch.transfers) <= 1
-            watch.transfers.clear()
-
-    save = ddpm.Run.save
-
-    def watched_save(run):
-        assert not watch.transfers
-        save(run)
-        watch.transfers.clear()
-
-    monkeypatch.setattr(ddpm, 'tqdm', Bar)
-    monkeypatch.setattr(ddpm.Run, 'save', watched_save)
 
 
 def test_what_is_wrong_is_noticed(watch):
     x, to_gpu = torch.ones(2, device=GPU), partial(torch.ones(2).to, GPU)
-    for inference in (False, True):
-        with torch.inference_mode(inference):
-            for transfer in (x[0].item, x.tolist, x.cpu, x.all().__bool__, to_gpu):
-                watch.transfers.clear()
-                transfer()
-                assert watch.transfers
-            with pytest.raises(RuntimeError, match='devices'):
-                x + torch.ones(2)
-            with pytest.raises(AssertionError, match='mixes'):
-                x[torch.tensor([0])]
-            for draw in (partial(torch.randn, 2, device=GPU), torch.empty_like(x).normal_):
-                with pytest.raises(AssertionError, match='a generator of cpu'):
-                    draw(generator=torch.Generator())
+    for number, transfer in enumerate((x[0].item, x.cpu, x.all().__bool__, to_gpu)):
+        assert watch.transfers == number
+        transfer()
+    with pytest.raises(RuntimeError, match='device'):
+        x + torch.ones(2)
+    with pytest.raises(AssertionError, match='mixes'):
+        x[torch.tensor([0])]
+    for draw in (partial(torch.randn, 2, device=GPU), torch.empty_like(x).normal_):
+        with pytest.raises(AssertionError, match='a generator of cpu'):
+            draw(generator=torch.Generator())
 
 
-@pytest.mark.parametrize('bf16', [True, False])
-def test_training_reads_nothing_between_two_refreshes_of_the_bar(watch, bar, monkeypatch, bf16):
-    """Of two epochs, the second of which resumes the first, each with its picture."""
-    original, read = ddpm.sample, []
+def test_a_step_waits_for_the_gpu_only_where_the_bar_is_drawn_anew(watch, monkeypatch):
+    """For one number, the loss; here at every other step. Only a save reads all. It is the same in
+    a run that was resumed, and in float16, which has a scaler."""
+    step_done, seen = ddpm.Run.step_done, [0]
 
-    @wraps(original)
-    def sample(*arguments, **options):
-        x = original(*arguments, **options)
-        assert x.device.type == 'cpu' and len(x) == 64
-        read.append(len(watch.transfers))  # since the bar of the samples began
-        watch.transfers.clear()
-        return x
+    class Bar(ddpm.tqdm):
+        def update(self, n=1):
+            super().update(n)
+            return self.n % 2 == 0
 
-    monkeypatch.setattr(ddpm, 'sample', sample)
-    torch.cuda.is_bf16_supported.return_value = bf16  # else float16, with its scaler
-    for epochs in (1, 2):
+    def watched(run, loss):
+        seen.append(watch.transfers)
+        step_done(run, loss)
+        seen.append(watch.transfers)
+
+    monkeypatch.setattr(ddpm.Run, 'step_done', watched)
+    monkeypatch.setattr(ddpm, 'tqdm', Bar)
+    for epochs, half in ((1, torch.bfloat16), (2, torch.float16)):
+        monkeypatch.setattr(ddpm, 'half_precision', lambda device, half=half: half)
         ddpm.train(**{**RUN, 'num_epochs': epochs})
+        counts = np.diff(seen).tolist()
+        # before the first step, in it, from it to the second, ..., in the last, which saves
+        assert counts[1:-1] == [0, 0, 1, 0, 0, 0, 1, 0, 0, 0] and counts[-1] > 50
+        seen[:] = [0]
     saved = ddpm.load_checkpoint(RUN['checkpoint_path'])
-    assert len(saved['losses']) == 8 and bool(saved['scaler']) != bf16
-    drawn = sorted(path.name for path in Path('outputs/tiny/progress').iterdir())
-    assert drawn == ['epoch_001.00.png', 'epoch_002.00.png']
-    assert read and {*read} == {1}  # all images at once, when they are done
+    assert len(saved['losses']) == 12 and saved['scaler']
 
 
-@pytest.mark.parametrize('num_steps', [None, 3])
-def test_the_reverse_process_stays_on_the_gpu(watch, num_steps):
-    model = ddpm.to_device(ddpm.UNET(**UNET), GPU)
-    x, scheduler = torch.randn(2, 1, 32, 32, device=GPU), ddpm.DDPM_Scheduler(5).to(GPU)
-    watch.transfers.clear()
-    found = [x for _, x in ddpm.reverse_process(model, x, scheduler, num_steps)]
-    assert len(found) == (num_steps or 5) and all(x.device == GPU for x in found)
-    assert not watch.transfers
-
-
-def test_inference(watch):
-    ddpm.train(**{**RUN, 'num_epochs': 1})
-    ddpm.inference(RUN['checkpoint_path'], num_steps=3, num_images=66, seed=5)
-    assert len([*Path('outputs/tiny/66_images_seed_5').glob('*.png')]) == 66
-
-
-def test_queries_and_keys_are_watched_without_waiting(watch, bar, monkeypatch):
-    monkeypatch.setattr(ddpm, 'FULL', RUN)
-    full_run.PARTS.mkdir(parents=True)
-    assert full_run.attention_in_training()['largest of each layer'] == {
-        'Layer2.attention_layer': {'q': 0.1, 'k': 0.1}
-    }
-
-
-@pytest.mark.parametrize('capture', [False, True])
-@pytest.mark.parametrize('choice', [full_run.step_of, full_run.sampling_of])
-def test_the_steps_of_the_full_run(watch, choice, capture):
-    model = ddpm.to_device(ddpm.UNET(**UNET), GPU)
-    graph = torch.cuda.graph.return_value.__enter__
-    graph.side_effect = lambda *_: watch.transfers.clear()
-    step = choice(model, DIGITS.to(GPU), 4, capture=capture)
-    assert graph.called == capture
-    if not capture:
-        watch.transfers.clear()
-    assert step().device == step().device == GPU
-    assert not watch.transfers
+def test_sampling_fetches_a_batch_when_it_is_done(watch):
+    """However many its steps; and all that `inference` shows and draws is on the CPU."""
+    ddpm.train(**{**RUN, 'batch_size': 12})
+    model, counts = ddpm.load_model(RUN['checkpoint_path']), []
+    for num_steps in (None, 3, 2):
+        before = watch.transfers
+        assert ddpm.sample(model, 65, num_steps).device == CPU
+        counts.append(watch.transfers - before)
+    assert len({*counts}) == 1
+    assert ddpm.inference(RUN['checkpoint_path'], num_steps=3, num_images=66).device == CPU
