@@ -150,10 +150,10 @@ class Stepwise:
     steps = None
     deterministic = False
 
-    def train(self, batch_size, steps):
-        """Seconds that `steps` steps take, after WARM others."""
+    def train(self, batch_size, steps, warm=WARM):
+        """Seconds that `steps` steps take, after `warm` others."""
         self.steps = self.steps or self.training(batch_size)  # its workers live on between turns
-        return pace(self.steps, steps, self.device, WARM)
+        return pace(self.steps, steps, self.device, warm)
 
 
 class ArticleUNET(ddpm.UNET):

@@ -40,8 +40,8 @@ def test_the_network_is_that_of_a_cpu(tmp_path):
 def test_the_full_unet_repeats_and_resumes_bit_for_bit(tmp_path, compiled):
     """With dropout, attention and a seed."""
     edits = f'ddpm.COMPILE_FROM = {0 if compiled else 1000}; ddpm.PREVIEW["unet"] = {{}}\n'
-    edits += 'original = torch.compile\n'
-    edits += 'torch.compile = lambda model: print("Compiling") or original(model)\n'
+    edits += 'real = torch.compile\n'
+    edits += 'torch.compile = lambda model: print("Compiling") or real(model)\n'
     for path, epochs in (('one', 4), ('two', 4), ('parts', 1), ('parts', 4)):
         numbers = f'ddpm.PREVIEW.update(num_epochs={epochs}, checkpoint_path={path!r})'
         assert ('Compiling' in run_on_gpu(tmp_path, edits + numbers, '--preview')) == compiled

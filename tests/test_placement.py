@@ -120,8 +120,7 @@ def test_a_step_waits_for_the_gpu_only_where_the_bar_is_drawn_anew(watch, monkey
         # before the first step, in it, from it to the second, ..., in the last, which saves
         assert counts[1:-1] == [0, 0, 1, 0, 0, 0, 1, 0, 0, 0] and counts[-1] > 50
         seen[:] = [0]
-    saved = ddpm.load_checkpoint(RUN['checkpoint_path'])
-    assert len(saved['losses']) == 12 and saved['scaler']
+    assert ddpm.load_checkpoint(RUN['checkpoint_path'])['scaler']
 
 
 def test_sampling_fetches_a_batch_when_it_is_done(watch):
