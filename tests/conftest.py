@@ -66,6 +66,7 @@ def workdir(tmp_path, monkeypatch):
     """An empty folder to run in, where the dataset 'Few' has the first 12 digits of MNIST."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(ddpm, 'PROGRESS_STEPS', 3)
+    monkeypatch.delitem(sys.modules, 'ipykernel', raising=False)  # a test may have imported it
     load = ddpm.load_images
     few = {'Few': few_images}
     monkeypatch.setattr(ddpm, 'load_images', lambda name, *size: few.get(name, load)(name, *size))
