@@ -33,10 +33,10 @@ from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from itertools import chain
 from pathlib import Path
 
-# idle threads of OpenMP soon sleep: beside another busy process training was 30 times slower
+# idle OpenMP threads soon sleep: spinning made training beside a busy process 30 times slower
 os.environ.setdefault('GOMP_SPINCOUNT', '10000')
 if 'ipykernel' in sys.modules:
-    warnings.filterwarnings('ignore', 'IProgress')  # timm imports what asks for ipywidgets
+    warnings.filterwarnings('ignore', 'IProgress')  # timm's imports ask for ipywidgets
 elif os.environ.get('MPLBACKEND', '').startswith('module://'):
     del os.environ['MPLBACKEND']  # a notebook's, which `!python ddpm.py` inherits and cannot use
 
@@ -59,18 +59,18 @@ from tqdm import tqdm
 CHECKPOINT = 'checkpoints/ddpm_checkpoint'
 FULL = dict(  # the article's run, for a machine with a CUDA GPU
     checkpoint_path=CHECKPOINT,
-    dataset='MNIST',  # FashionMNIST, KMNIST, QMNIST, CIFAR10 or a folder; with it checkpoint_path
+    dataset='MNIST',  # FashionMNIST, KMNIST, QMNIST, CIFAR10 or a folder; change the path above too
     image_size=32,  # of a folder's pictures; a multiple of 8, since UNET halves them three times
     num_epochs=75,
     batch_size=64,
     lr=2e-5,  # of Adam, constant
-    ema_decay=0.9999,  # at most; with its warm-up the average covers the last tenth of this run
+    ema_decay=0.9999,  # at most: it warms up, the average spans some tenth of the run so far
     num_time_steps=1000,  # with fewer, a linear schedule leaves bright images visible at the end
     unet=dict(),  # what differs from UNET's defaults
     lr_decay=False,  # True: a short warm-up, then down to 0; the article's lr is constant
     beta2=0.999,  # torch's default
     seed=-1,  # a new one for each run; with a seed, CUDA is deterministic and slower
-    save_minutes=2,  # what kill -9 or a power cut may cost
+    save_minutes=2,  # between two saves: what kill -9 or a power cut may cost
     sample_every=5,  # epochs between two grids of samples
 )
 PREVIEW = dict(  # the same made small: 6 to 13 minutes on two CPU cores
@@ -306,11 +306,11 @@ def train(
     """Algorithm 1 of the paper, until num_epochs epochs are done, those of a resumed run included.
 
     If the file checkpoint_path (None: checkpoints/ddpm_checkpoint) exists, its run is resumed,
-    exactly as if it had never stopped. It is saved every save_minutes, at the end, and when Ctrl-C,
-    SIGTERM or SIGHUP stop the run. seed -1 draws one. dataset: one of DATASETS, or a folder of
+    exactly as if it had never stopped (on CUDA only with a seed). It is saved every save_minutes,
+    at the end, and when Ctrl-C, SIGTERM or SIGHUP stop it. dataset: one of DATASETS, or a folder of
     pictures, cropped and resized to image_size. unet: the arguments of UNET that differ from its
     defaults. sample_every: epochs between two grids in `folder_of_pictures`/progress (0: none).
-    lr_decay: by lr_schedule. beta2: Adam's.
+    seed: -1 draws one. lr_decay: by lr_schedule. beta2: Adam's.
 
     Raises UserError (a ValueError) for a setting out of range, for data or a checkpoint that cannot
     be used, and when training diverges; KeyboardInterrupt by a signal, once all is saved.

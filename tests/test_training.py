@@ -117,7 +117,7 @@ def assert_is_the_average(ema, decays, start, steps):
 
 
 def test_ema_is_the_closed_form(steps):
-    """The decay of step n is n / (n + 10), which forgets the random start at once, until it reaches
+    """With its warm-up: the decay of step n is n / (n + 10), which soon forgets the start, up to
     ema_decay."""
     ema = train(ema_decay=0.2)['ema']
     assert {step.lr for step in steps} == {1e-3}  # the article's is constant
