@@ -53,12 +53,12 @@ def assert_identical(a, b):
 
 @pytest.fixture
 def steps(monkeypatch):
-    """Of each step of a training: images, times and learning rate, and the weights after it."""
+    """Of each step of a training: images, times, noise and learning rate, and the weights after."""
     seen, loss, done = [], ddpm.diffusion_loss, ddpm.Run.step_done
 
     def spy_loss(model, scheduler, x, t, eps):
         assert all(p.grad is None for p in model.parameters())  # so much less memory is needed
-        seen.append(SimpleNamespace(x=x, t=t))
+        seen.append(SimpleNamespace(x=x, t=t, eps=eps))
         return loss(model, scheduler, x, t, eps)
 
     def spy_done(run, value):
@@ -96,6 +96,7 @@ def test_an_epoch_is_a_new_order_and_drops_the_last_partial_batch(steps, capsys)
     assert all(len(set(epoch)) == 10 for epoch in epochs) and len(set(map(tuple, epochs))) == 10
     assert set(orders) == {bytes(x.flatten().tolist()) for x in DIGITS}
     assert {t for step in steps for t in step.t.tolist()} == {0, 1, 2}  # the last one, too
+    assert len({step.eps.sum().item() for step in steps}) == 20  # no step has another's noise
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith('Epoch')]
     means = losses.reshape(10, 2).mean(1).tolist()
     assert lines == [f'Epoch {i} | Loss {mean:.5f}' for i, mean in enumerate(means, 1)]
@@ -121,6 +122,8 @@ def test_ema_is_the_closed_form(steps):
     ema_decay."""
     ema = train(ema_decay=0.2)['ema']
     assert {step.lr for step in steps} == {1e-3}  # the article's is constant
+    sampled = ddpm.load_model('checkpoints/tiny').state_dict()
+    assert all(torch.equal(sampled[name], ema[f'module.{name}']) for name in sampled)
     ddpm.set_seed(1)
     start = ddpm.UNET(**TWO, time_steps=20).state_dict()
     assert not torch.equal(start['output_conv.weight'], steps[0].weights['output_conv.weight'])
