@@ -5,6 +5,8 @@ not values, stands for it. Two devices in an operation are an error here, and tr
 import sys
 from contextlib import nullcontext
 from functools import partial
+from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -80,6 +82,40 @@ def watch(workdir, monkeypatch):
     monkeypatch.setattr(adam, '_device_dtype_check_for_fused', lambda *_, **__: None, raising=False)
     with WatchDraws(), Watch() as watch:
         yield watch
+
+
+@pytest.mark.parametrize(
+    'device, half, facts',
+    [
+        ('cuda', torch.bfloat16, {}),
+        ('cuda', torch.float16, dict(is_bf16_supported=False)),
+        ('mps', None, {}),
+        ('cpu', torch.bfloat16, {}),
+        ('cpu', None, dict(_is_avx512_bf16_supported=False)),
+        ('cpu', None, dict(_is_amx_tile_supported=False)),
+        ('cpu', torch.bfloat16, dict(_is_amx_tile_supported=False, cpu_name='AMD EPYC')),
+    ],
+)
+def test_16_bits_where_they_are_faster(monkeypatch, device, half, facts):
+    """AVX-512's bfloat16 is on AMD; on Intel it takes AMX."""
+    known = dict.fromkeys(('_is_avx512_bf16_supported', '_is_amx_tile_supported'), True) | facts
+    cpu = SimpleNamespace(**{name: lambda known=known[name]: known for name in known})
+    cpu.get_capabilities = lambda: {'cpu_name': facts.get('cpu_name', 'Intel Xeon')}
+    monkeypatch.setattr(torch, 'cpu', cpu)
+    known = facts.get('is_bf16_supported', True)
+    monkeypatch.setattr(torch.cuda, 'is_bf16_supported', lambda emulated: known or emulated)
+    assert ddpm.half_precision(torch.device(device)) == half
+    del cpu.get_capabilities  # an older torch has none
+    assert ddpm.half_precision(torch.device(device)) in (half, torch.bfloat16)
+
+
+def test_channels_last_but_on_mps():
+    """There torch has open bugs with it."""
+    model, formats = Mock(), []
+    for device in ('cpu', 'cuda', 'mps'):
+        ddpm.to_device(model, torch.device(device))
+        formats.append(model.to.call_args.kwargs['memory_format'])
+    assert formats == [torch.channels_last] * 2 + [torch.contiguous_format]
 
 
 def test_what_is_wrong_is_noticed(watch):
