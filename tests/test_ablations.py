@@ -7,14 +7,14 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, SMALL, TINY, small_unet
+from conftest import ROOT, TINY, small_unet
 from torch import nn
 
 import ddpm
 
 sys.path.insert(0, str(ROOT / 'benchmarks'))
 import ablations  # noqa: E402
-from ablations import BASELINE, CHANGES, HALF, LIST  # noqa: E402
+from ablations import BASELINE, CHANGES, LIST  # noqa: E402
 
 T = 20
 BETA = np.linspace(1e-4, 0.02, T)
@@ -219,36 +219,3 @@ def test_what_lies_within_the_spread_does_not_count():
     text = ablations.report(parts)
     assert 'No difference counts otherwise up to FD / floor x 1.7' in text
     assert 'batch 64 (16); ' in text and '| **predicts v** A mixture' in text
-
-
-def test_the_whole_resumes_where_it_stopped(workdir, monkeypatch, capsys):
-    """Two steps on eight of twelve digits, a run that diverges, and two parts that are stopped."""
-    names = [BASELINE, HALF, 'other noise', 'no noise added']
-    made, make = [], ablations.make
-    small = {'dataset': 'Few', 'num_time_steps': 3, 'unet': SMALL}
-    infinite = {'diffusion_loss': lambda model, scheduler, x, t, eps: model(x, t).sum() / 0}
-    monkeypatch.setattr(ddpm, 'PREVIEW', ddpm.PREVIEW | small)
-    monkeypatch.setattr(ddpm, 'draw_losses', lambda *_: None)
-    monkeypatch.setattr(ablations.quality, 'Yardstick', lambda count: None)
-    monkeypatch.setattr(ablations, 'measured', lambda images, yard: scored(9)['scores'])
-    monkeypatch.setattr(ablations, 'LIST', [CHANGES[name] for name in names])
-    monkeypatch.setattr(CHANGES[HALF], 'patches', infinite)
-    for name in ('RESULT', 'FIGURE'):
-        monkeypatch.setattr(ablations, name, workdir / getattr(ablations, name).name)
-
-    def make_or_stop(change, samples):
-        made.append(change.name)
-        if len(made) == 3:
-            raise KeyboardInterrupt
-        return make(change, samples)
-
-    monkeypatch.setattr(ablations, 'make', make_or_stop)
-    with pytest.raises(SystemExit, match='130'):
-        ablations.main(['--samples', '10'])
-    ablations.main(['--samples', '10'])
-    assert made == [*names[:3], *names[2:]]
-    changes = json.loads(ablations.RESULT.read_text())['changes']
-    assert list(changes) == names
-    assert changes[HALF]['failed'].startswith(f'{ablations.DIVERGED} at step')
-    assert 'other noise (9); no noise added (9).' in capsys.readouterr().out
-    assert ablations.FIGURE.exists()

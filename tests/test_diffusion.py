@@ -1,7 +1,6 @@
 """Schedule, forward kernel, samplers and loss against closed forms and the library diffusers; the
 functions load_model and sample."""
 
-from contextlib import contextmanager
 from functools import partial
 from itertools import pairwise
 
@@ -222,26 +221,6 @@ def test_sample_refuses_what_it_cannot_do(model):
     for name, value in [*wrong, ('noise', torch.full((2, 1, 16, 16), np.inf))]:
         with pytest.raises(ddpm.UserError, match=f'^{name} is .*, but must be '):
             ddpm.sample(model, **{'num_images': 2, name: value})
-
-
-@contextmanager
-def double():
-    torch.set_default_dtype(torch.float64)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(torch.float32)
-
-
-@pytest.mark.parametrize('mode', [torch.no_grad, torch.inference_mode, double])
-def test_sampling_works_anywhere(checkpoint, float32, mode):
-    """In a program with another mode of torch, or another default dtype."""
-    expected = ddpm.inference(checkpoint, num_steps=5, seed=4, num_images=2)
-    with mode():
-        images = ddpm.inference(checkpoint, num_steps=5, seed=4, num_images=2)
-        assert {x.dtype for x in ddpm.load_model(checkpoint).parameters()} == {torch.float32}
-    assert images.dtype == torch.float32 and not images.requires_grad
-    torch.testing.assert_close(images, expected)
 
 
 @pytest.mark.parametrize(

@@ -30,15 +30,6 @@ def test_parameters_keys_and_their_order():
         assert not dict(module.named_buffers()).keys() & module.state_dict().keys()
 
 
-def test_names_and_order_of_definitions_are_the_articles():
-    source = inspect.getsource(ddpm)
-    names = ['SinusoidalEmbeddings', 'ResBlock', 'Attention', 'UnetLayer', 'UNET']
-    names = [f'class {name}(nn.Module)' for name in [*names, 'DDPM_Scheduler']]
-    names += [f'def {f}(' for f in ('set_seed', 'train', 'display_reverse', 'inference', 'main')]
-    places = [source.index(name) for name in names]
-    assert places == sorted(places)
-
-
 TRAIN = dict(batch_size=64, num_time_steps=1000, num_epochs=15, seed=-1, ema_decay=0.9999)
 UNET = dict(
     Channels=[64, 128, 256, 512, 512, 384],
