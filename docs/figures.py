@@ -441,7 +441,7 @@ def play_between():
     model, scheduler = pretrained()
     sampled = [ddpm.sample(model, 1, 50, seed=0, noise=noise[None]) for noise in noises]
     x = page()['without_chance'](model, scheduler, noises, 50)
-    labels = ['$x_T$', 'Algorithm 2', r'$\eta = 0$']
+    labels = ['$x_T$', r'$\eta = 1$', r'$\eta = 0$']
     save_rows('play_between', [noises, torch.cat(sampled), x], labels, (), [-3, 0, 0], [3, 1, 1])
 
 
