@@ -913,7 +913,7 @@ class Run:
         """Yields the epochs that are left, under a progress bar of the whole run."""
         self.next_save = time.monotonic() + 60 * self.config['save_minutes']
         done, total, size = self.step, self.total_steps, self.steps_per_epoch
-        with progress_bar(total=total, initial=done, unit=' steps') as self.bar:
+        with progress_bar(total=total, initial=done, unit='step') as self.bar:
             for epoch in range(done // size, self.config['num_epochs']):
                 first, end = epoch * size, (epoch + 1) * size
                 self.losses = F.pad(self.losses, (0, end - len(self.losses)))

@@ -138,13 +138,8 @@ def random_checkpoint(config=dict(image_size=16), **changes):
 
 
 @pytest.fixture
-def checkpoint(workdir):
-    return random_checkpoint()
-
-
-@pytest.fixture
-def model(checkpoint):
-    return ddpm.load_model(checkpoint)
+def model(workdir):
+    return ddpm.load_model(random_checkpoint())
 
 
 def by_hand(model, x, num_steps=None, seed=0, skip=0):

@@ -65,6 +65,12 @@ def test_a_resume_that_is_not_exact_is_found(monkeypatch, exact):
     assert len({*found['values and tensors']}) == 1
 
 
+def test_samples_of_500_and_the_tests_of_a_gpu(monkeypatch):
+    assert full_run.sampling_500()['seconds of 10 steps'] > 0
+    monkeypatch.setattr(full_run, 'TESTS', Path('no test'))
+    assert full_run.tests() == {'exit code': 4}  # pytest's for a file that is not there
+
+
 def test_the_second_call_stopped_resumed_and_done(monkeypatch):
     steps, loss = [], ddpm.diffusion_loss
 

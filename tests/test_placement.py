@@ -102,8 +102,8 @@ def test_16_bits_where_they_are_faster(monkeypatch, device, half, facts):
     cpu = SimpleNamespace(**{name: lambda known=known[name]: known for name in known})
     cpu.get_capabilities = lambda: {'cpu_name': facts.get('cpu_name', 'Intel Xeon')}
     monkeypatch.setattr(torch, 'cpu', cpu)
-    known = facts.get('is_bf16_supported', True)
-    monkeypatch.setattr(torch.cuda, 'is_bf16_supported', lambda emulated: known or emulated)
+    bf16 = lambda emulated: emulated or facts.get('is_bf16_supported', True)  # noqa: E731
+    monkeypatch.setattr(torch.cuda, 'is_bf16_supported', bf16)
     assert ddpm.half_precision(torch.device(device)) == half
     del cpu.get_capabilities  # an older torch has none
     assert ddpm.half_precision(torch.device(device)) in (half, torch.bfloat16)
