@@ -5,10 +5,9 @@
     python ddpm.py --preview   trains a small UNET, 6 to 13 minutes on two CPU cores
     torchrun --nproc-per-node=4 ddpm.py     the article's run on several GPUs
 
-Settings are edited under EDIT HERE. Run it again in the same folder and it resumes where it
-stopped. The method is that of Ho, Jain & Abbeel 2020 (arXiv:2006.11239, "the paper"), the shorter
-sampler that of DDIM (Song, Meng & Ermon 2021, arXiv:2010.02502). Sections and names follow the
-article; the appendix only makes them robust. docs/ddpm.md explains it all step by step.
+Settings are edited under EDIT HERE. Run it again and it resumes where it stopped. The method is
+that of Ho, Jain & Abbeel 2020 (arXiv:2006.11239, "the paper"), the shorter sampler that of DDIM
+(Song, Meng & Ermon 2021, arXiv:2010.02502). docs/ddpm.md explains both, step by step.
 """
 
 import argparse
@@ -246,8 +245,8 @@ class DDPM_Scheduler(nn.Module):
     alpha-bar: the cumulative product of 1 - beta.
 
     sqrt(alpha[t]) is how much of an image is left at step t. At the last it must be near 0, since
-    sampling starts from noise alone. The first steps are small, since what they destroy is the
-    finest detail."""
+    sampling starts from noise alone, but not at it, since sampling divides by it. The first steps
+    are small, since what they destroy is the finest detail."""
 
     def __init__(self, num_time_steps: int = 1000):
         super().__init__()
@@ -305,10 +304,9 @@ def train(
 
     If the file checkpoint_path (None: checkpoints/ddpm_checkpoint) exists, its run is resumed,
     exactly as if it had never stopped (on CUDA only with a seed). It is saved every save_minutes,
-    at the end, and when Ctrl-C, SIGTERM or SIGHUP stop it. dataset: one of DATASETS, or a folder of
-    pictures, cropped and resized to image_size. unet: the arguments of UNET that differ from its
-    defaults. sample_every: epochs between two grids in `folder_of_pictures`/progress (0: none).
-    seed: -1 draws one. lr_decay: by lr_schedule. beta2: Adam's.
+    at the end and when a signal stops it. dataset: one of DATASETS or a folder of pictures, cropped
+    and resized to image_size. unet: UNET's arguments that differ from its defaults. sample_every:
+    epochs between two grids (0: none). seed: -1 draws one. lr_decay: by lr_schedule. beta2: Adam's.
 
     Raises UserError (a ValueError) for a setting out of range, for data or a checkpoint that cannot
     be used, and when training diverges; KeyboardInterrupt by a signal, once all is saved.
@@ -320,7 +318,7 @@ def train(
     with locked(run.path), seeded(run.seed, deterministic=seed != -1), signals_noted(run):
         device = best_device()
         model = to_device(UNET(**run.unet), device)
-        model.image_size = image_size  # for `sample`; the average copies it
+        model.image_size = images.shape[-1]  # for `sample`; the average copies it
         scheduler = DDPM_Scheduler(num_time_steps).to(device)
         optimizer = torch.optim.Adam(model.parameters(), lr=lr, betas=(0.9, beta2), fused=True)
         scaler = torch.amp.GradScaler(device.type, enabled=half_precision(device) is torch.float16)
@@ -337,7 +335,7 @@ def train(
             torch.manual_seed(fold_in(run.seed, 0, epoch))
             batches = torch.randperm(len(images), device=device).split(batch_size)
             for batch in batches[run.step % run.steps_per_epoch : run.steps_per_epoch]:
-                # all randomness is a function of the seed and the step: so resuming is exact
+                # all that torch draws is a function of seed and step: so resuming is exact
                 torch.manual_seed(fold_in(run.seed, 1, run.step))
                 if lr_decay:
                     optimizer.param_groups[0]['lr'] = lr * lr_schedule(run.step, run.total_steps)
@@ -399,16 +397,16 @@ def sample(
     """Images from a model of `load_model`: (N, C, H, W) float32 in [0, 1], on the CPU.
 
     num_steps: of the reverse process; all T (None) are the article's, fewer have another variance
-    (see `respace`). seed: of the noise; -1 draws one, and the images depend on num_images as well.
-    noise (N, C, H, W): start from this x_T instead. on_step(first, t, x), if given, is called for
-    each batch, whose first image has the index `first`: with the noise, t = T, then after every
-    step. Raises UserError for an argument out of range.
+    (see `respace`). seed: of the noise; -1 draws one; the images depend on num_images, too. noise
+    (N, C, H, W): start from this x_T instead. on_step(first, t, x) is called for each batch, whose
+    first image has the index `first`, with the noise, t = T, and after every step. Raises UserError
+    for an argument out of range, and where samples are not finite.
     """
     check_arguments(sample, dict(num_images=num_images, num_steps=num_steps, seed=seed))
     device, size, T = next(model.parameters()).device, model.image_size, model.time_steps
     num_steps = len(sampling_times(T, num_steps))
+    training, scheduler = model.training, DDPM_Scheduler(T).to(device)
     model.eval()
-    scheduler = DDPM_Scheduler(T).to(device)
     generator = torch.Generator(device).manual_seed(secrets.randbits(32) if seed == -1 else seed)
     shape = num_images, model.input_channels, size, size
     if noise is None:
@@ -427,7 +425,10 @@ def sample(
                 if on_step:
                     on_step(first, t, x)
             images.append(x.clamp(0, 1).cpu())
-    return torch.cat(images)
+    model.train(training)
+    if (images := torch.cat(images)).isnan().any():
+        raise UserError('samples are not finite: the last beta may be too near to 1')
+    return images
 
 
 def display_reverse(images: list):
@@ -452,10 +453,9 @@ def inference(
     how they come out of noise.
 
     `folder_of_pictures` gets the grid of the first 64, the reverse process of the first ten and an
-    animation; more than 64 images are also written one by one, as 8-bit PNG files. A window or the
-    notebook shows the grid and a reverse process. num_time_steps, if given, must be the
-    checkpoint's; ema_decay is the article's and ignored; the rest are arguments of `sample`. Raises
-    UserError for an unusable checkpoint or setting."""
+    animation, and more than 64 images one by one. A window or the notebook shows the grid and a
+    reverse process. num_time_steps, if given, must be the checkpoint's; ema_decay is ignored; the
+    rest are arguments of `sample`. Raises UserError for an unusable checkpoint or setting."""
     check_arguments(inference, dict(locals()))
     path = Path(checkpoint_path or CHECKPOINT).expanduser()
     model = load_model(path)
@@ -636,15 +636,14 @@ def check_arguments(function, given):
             raise UserError(f'{name} is {value!r:.99}, but must be {kinds}{limits}')
 
 
-def warn_of_few_timesteps(num_time_steps, images):
+def warn_of_few_timesteps(T, images):
     """Prints a line where samples will suffer from how much of an image the last timestep leaves:
     training still sees it there, but sampling starts from noise, whose mean is 0."""
-    left = DDPM_Scheduler(num_time_steps).alpha[-1].sqrt().item()
-    mean = images[:: len(images) // 1000 + 1].float().mean().item() / 255
+    left = DDPM_Scheduler(T).alpha[-1].sqrt().item()
+    mean = to_input(images[:: len(images) // 1000 + 1]).mean().item()
     # the brightness left, in standard deviations of the mean of the noise's pixels
     if left > 0.1 or left * mean * images.shape[-1] > 0.5:
-        print(f'After {num_time_steps} timesteps {left:.1%} of an image are left: samples will be')
-        print('dark or noisy, since they start from noise alone. 1000 timesteps leave 0.6%.')
+        print(f'After {T} timesteps {left:.1%} of an image are left: take more, or samples suffer')
 
 
 # ---- Devices and processes: the same run on a CPU, on one GPU and on several -------------------
@@ -833,8 +832,8 @@ def images_at_once(device, size):
 
 
 def to_input(images):
-    """uint8 -> float32 in [0, 1]."""
-    return images.float() / 255
+    """uint8, or what is in [0, 1] already -> float32 in [0, 1]."""
+    return images.float() / (255 if images.dtype == torch.uint8 else 1)
 
 
 def to_uint8(x):
@@ -859,14 +858,15 @@ class Run:
         fixed = dict(input_channels=channels, output_channels=channels, time_steps=T)
         unet = {**UNET_DEFAULTS, **fixed, **given}
         advice = 'Channels [C, 2C, 4C, 8C, 8C, 6C] do, and an image_size that is a multiple of 8'
-        with errors_as('unet does not fit', advice), torch.device('meta'):  # shapes, no numbers
-            if not fixed.items() <= unet.items():
-                raise ValueError(f'the data and num_time_steps want {fixed}')
-            UNET(**unet)(torch.empty(1, channels, size, size), [0])
-        warn_of_few_timesteps(T, images)
-        config['data'] = f'{count} images, CRC {zlib.crc32(images.numpy()):08x}'
-        text = json.dumps([config, unet], default=lambda x: getattr(x, 'tolist', x.__str__)())
+        crc = zlib.crc32(images.contiguous().numpy())
+        config |= dict(image_size=size, data=f'{count} images, CRC {crc:08x}')
+        text = json.dumps([config, unet], default=lambda x: getattr(x, 'tolist', lambda: str(x))())
         self.config, self.unet = json.loads(text)  # plain values, which a checkpoint can hold
+        with errors_as('unet does not fit', advice), torch.device('meta'):  # shapes, no numbers
+            if not fixed.items() <= self.unet.items():
+                raise ValueError(f'the data and num_time_steps want {fixed}')
+            UNET(**self.unet)(torch.empty(1, channels, size, size), torch.zeros(1).long())
+        warn_of_few_timesteps(T, images)
         self.steps_per_epoch = count // batch_size  # the last partial batch is dropped
         self.total_steps = self.steps_per_epoch * config['num_epochs']
         seed = torch.tensor(secrets.randbits(32) if config['seed'] == -1 else config['seed'])
@@ -898,10 +898,11 @@ class Run:
                 if saved.get(name):  # a scaler without float16 has no state
                     part.load_state_dict(saved[name])
             for parameter, state in optimizer.state.items():
-                for name in ('exp_avg', 'exp_avg_sq'):  # fused Adam needs the parameter's strides
-                    state[name] = torch.empty_like(parameter).copy_(state[name].view_as(parameter))
+                for name, moment in state.items():  # fused Adam needs the parameter's strides
+                    if torch.is_tensor(moment) and moment.ndim:
+                        state[name] = torch.empty_like(parameter).copy_(moment.view_as(parameter))
             # the article's code records no losses, but its Adam has counted the steps
-            steps = max(int(state['step']) for state in optimizer.state.values())
+            steps = max([0, *(int(state.get('step', 0)) for state in optimizer.state.values())])
             losses = saved.get('losses', torch.full([steps], math.nan)).to(self.losses)
             self.losses = F.pad(losses, (saved.get('steps_before', 0), 0), value=math.nan)
         self.step = self.first_step = len(self.losses)
@@ -916,10 +917,12 @@ class Run:
         with progress_bar(total=total, initial=done, unit='step') as self.bar:
             for epoch in range(done // size, self.config['num_epochs']):
                 first, end = epoch * size, (epoch + 1) * size
-                self.losses = F.pad(self.losses, (0, end - len(self.losses)))
+                self.losses = F.pad(self.losses, (0, end - len(self.losses)), value=math.nan)
                 self.bar.set_description(f'Epoch {epoch + 1}/{self.config["num_epochs"]}')
                 yield epoch
                 tqdm.write(f'Epoch {epoch + 1} | Loss {self.losses[first:end].cpu().nanmean():.5f}')
+        if RANK == 0 and self.step > self.first_step:
+            self.save(last=True)
         print(f'{self.path} is trained for {self.step // size} epochs; more num_epochs train on')
 
     def step_done(self, loss):
@@ -929,7 +932,7 @@ class Run:
             dist.all_reduce(loss)
         self.losses[self.step] = torch.where(loss.isfinite(), loss, math.nan)  # float16 overflows
         self.step += 1
-        if RANK == 0 and (self.step == self.total_steps or time.monotonic() > self.next_save):
+        if RANK == 0 and time.monotonic() > self.next_save:
             self.save()
         self.stop_if_asked()
         if self.step % 100 == 0:
@@ -943,8 +946,7 @@ class Run:
         return self.losses[max(0, self.step - steps) : self.step].cpu().nanmedian().item()
 
     def check(self, steps=100):
-        """Raises UserError where training has diverged: its loss is far above the first, that of an
-        untrained network, or back at it after half of it, or its weights are not finite."""
+        """Raises UserError where the loss is far above the first or back at it, or weights are NaN."""
         loss, first = self.loss(steps), self.losses[0].nan_to_num(1).item()
         self.learned |= loss < 0.5 * first
         limit = 0.75 * first if self.learned and steps == 100 else 2 * first
@@ -953,20 +955,19 @@ class Run:
             told = f'loss {loss:.3g}, at first {first:.3g}' if finite else 'weights are not finite'
             raise UserError(f'training has diverged at step {self.step} ({told}): lower lr')
 
-    def save(self):
+    def save(self, last=False):
         """Writes the checkpoint and the curve of the losses, unless training has diverged."""
         self.next_save = time.monotonic() + 60 * self.config['save_minutes']
         losses = self.losses[: self.step].clone().cpu()  # torch.save writes a view's whole storage
         state = {name: part.state_dict() for name, part in self.parts.items()}
         groups = state['optimizer']['param_groups']  # of plain values, not numpy's
-        state['optimizer']['param_groups'] = json.loads(json.dumps(groups))
+        state['optimizer']['param_groups'] = json.loads(json.dumps(groups, default=float))
         self.check()
         self.check(steps=10)
         state |= dict(unet=self.unet, config={**self.config, 'seed': self.seed}, losses=losses)
         state['beta'] = DDPM_Scheduler(self.unet['time_steps']).beta  # what the weights are for
         problem, advice = f'cannot write {self.path}', 'what it held before is unharmed'
-        last = self.stop or self.step == self.total_steps
-        with errors_as(problem, advice) if last else or_a_line(f'{problem}: {advice}'):
+        with errors_as(problem, advice) if last or self.stop else or_a_line(f'{problem}: {advice}'):
             save_checkpoint(self.path, state)
         with or_a_line('cannot draw loss.png'):
             draw_losses(losses, self.steps_per_epoch, self.folder)
@@ -983,11 +984,10 @@ class Run:
         if RANK > 0 or not every or self.step % max(1, round(every)):
             return
         model, epoch = self.parts['ema'].module, self.step / self.steps_per_epoch
-        steps = min(PROGRESS_STEPS, model.time_steps)
-        count = min(64, images_at_once(best_device(), model.image_size))
-        x = sample(model, count, steps, seed=0, on_step=self.stop_if_asked)
+        count, T = min(64, images_at_once(best_device(), model.image_size)), model.time_steps
         path = self.folder / f'progress/epoch_{epoch:06.2f}.png'
         with or_a_line(f'cannot write {path}'):
+            x = sample(model, count, min(PROGRESS_STEPS, T), seed=0, on_step=self.stop_if_asked)
             path.parent.mkdir(parents=True, exist_ok=True)
             grid(x).save(path)
             tqdm.write(f'{path}: samples after {epoch:.2f} epochs')
@@ -1055,8 +1055,8 @@ def load_checkpoint(path, parts=('ema',)):
                 raise ValueError(f'{part} is not finite')
             prefix = 'module.' if part == 'ema' else ''  # of ModelEmaV3
             saved[part] = {  # without those of DistributedDataParallel and torch.compile
-                prefix + name.replace('module.', '').replace('_orig_mod.', ''): tensor
-                for name, tensor in saved[part].items()
+                prefix + '.'.join(n for n in k.split('.') if n not in ('module', '_orig_mod')): v
+                for k, v in saved[part].items()
             }
         saved['unet'] = {**UNET_DEFAULTS, **saved.get('unet', {})}
         ours = DDPM_Scheduler(saved['unet']['time_steps']).beta

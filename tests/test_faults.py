@@ -143,10 +143,10 @@ def test_each_signal_saves_the_step(monkeypatch, signum):
     'where, name, call, saved, said',
     [
         (ddpm.Run, 'sample_progress', 2, 3, 'Stopped after step 3 of 6'),  # after step 2 has looked
-        (ddpm, 'draw_losses', 1, 6, 'Stopped after step 6 of 6'),  # with the last save
+        (ddpm, 'draw_losses', 1, 6, '^$'),  # with the last save
         (ddpm, 'respace', 1, 3, 'Stopped after step 3 of 6'),  # while progress is sampled
         (ddpm, 'respace', 2, 6, 'Stopped after step 6 of 6'),
-        (ddpm, 'grid', 2, 6, '^$'),  # after all is saved
+        (ddpm, 'grid', 2, 6, '^$'),  # after the last step
     ],
 )
 def test_a_stop_between_two_steps(monkeypatch, where, name, call, saved, said):
@@ -156,6 +156,13 @@ def test_a_stop_between_two_steps(monkeypatch, where, name, call, saved, said):
         ddpm.train(**{**RUN, 'sample_every': 1})
     assert steps() == saved
     assert name != 'respace' or not Path(f'outputs/tiny/progress/epoch_00{call}.00.png').exists()
+
+
+def test_progress_that_cannot_be_sampled_ends_nothing(monkeypatch, capsys):
+    at_call(monkeypatch, ddpm, 'respace', 1, lambda: 1 / 0)
+    ddpm.train(**{**RUN, 'sample_every': 1})
+    assert steps() == 6 and 'epoch_001.00.png (ZeroDivisionError' in capsys.readouterr().out
+    assert os.listdir('outputs/tiny/progress') == ['epoch_002.00.png']
 
 
 @pytest.mark.parametrize('signum', SIGNALS)

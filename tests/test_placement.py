@@ -153,8 +153,8 @@ def test_a_step_waits_for_the_gpu_only_where_the_bar_is_drawn_anew(watch, monkey
         monkeypatch.setattr(ddpm, 'half_precision', lambda device, half=half: half)
         ddpm.train(**{**RUN, 'num_epochs': epochs})
         counts = np.diff(seen).tolist()
-        # before the first step, in it, from it to the second, ..., in the last, which saves
-        assert counts[1:-1] == [0, 0, 1, 0, 0, 0, 1, 0, 0, 0] and counts[-1] > 50
+        # before the first step, in it, from it to the second, ..., in the last
+        assert counts[1:] == [0, 0, 1, 0, 0, 0, 1, 0, 0, 0, 1]
         seen[:] = [0]
     assert ddpm.load_checkpoint(RUN['checkpoint_path'])['scaler']
 

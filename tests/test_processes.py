@@ -79,6 +79,7 @@ load_images = ddpm.load_images
 {NUMBERS}
 def watched(model, *arguments):
     assert isinstance(model, torch.nn.parallel.DistributedDataParallel)
+    assert len(arguments[1]) == 6
     assert all(parameter.grad is None for parameter in model.parameters())
     return loss(model, *arguments)
 ddpm.load_images, ddpm.diffusion_loss = load_images, watched

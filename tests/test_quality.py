@@ -67,13 +67,6 @@ def test_precision_and_recall_tell_poor_from_uniform_samples():
     assert quality.precision_recall(real, same[:100]) == fewer
 
 
-def test_the_nearest_is_nearest():
-    queries, train = gaussians(600, 8), gaussians(700, 8, 1)
-    train[:600:2] = queries[::2]
-    every = np.linalg.norm(queries[:, None] - train[None], axis=2)
-    assert np.allclose(quality.nearest(queries, train), every.min(1), atol=1e-6)
-
-
 def test_a_classifier_is_kept_for_the_same_code_data_and_seed(workdir, digits, monkeypatch):
     monkeypatch.setattr(quality, 'EPOCHS', 1)
     source, fit, fits, edited = quality.inspect.getsource, quality.fit, [], []

@@ -32,22 +32,6 @@ def test_the_articles_loop_is_of_the_same_model(float32):
         assert torch.allclose(article(x, [0, 7, 999]), ours(x, [0, 7, 999]), atol=1e-5)
 
 
-@pytest.mark.parametrize('Contestant', speed.CONTESTANTS)
-def test_only_the_steps_after_the_warm_up_are_timed(Contestant, monkeypatch):
-    done, read, step_done = [], [], speed.ddpm.Run.step_done
-
-    def counted(*step):
-        done.append(step)
-        return step_done(*step) if step else torch.rand(2, 1, 28, 28)
-
-    monkeypatch.setattr(speed.ddpm.Run, 'step_done', counted)
-    monkeypatch.setattr(speed, 'batches', lambda size: iter(counted, None))
-    monkeypatch.setattr(speed, 'now', lambda device: read.append(len(done)) or 10.0 * len(read))
-    contestant = Contestant(speed.SIZES['small'], CPU)
-    assert contestant.train(2, 1) == 10
-    assert read[1] - read[0] == 1 and read[0] >= speed.WARM - 1
-
-
 def test_the_whole_benchmark_and_what_it_reports(tmp_path, capsys, monkeypatch):
     # else another process, so that the memory is its own
     monkeypatch.setattr(speed, 'in_another_process', lambda function, *given: function(*given))

@@ -264,6 +264,28 @@ def test_resumed_is_the_same_as_never_stopped(monkeypatch, half):
     assert bool(whole['scaler']) == (half is not None)
 
 
+@pytest.mark.parametrize('other', [torch.optim.SGD, torch.optim.RMSprop, torch.optim.NAdam])
+def test_another_optimizer_resumes_too(monkeypatch, other):
+    monkeypatch.setattr(torch.optim, 'Adam', lambda weights, lr, **_: other(weights, lr))
+    train('parts', num_epochs=1)
+    assert_identical(train('parts')['ema'], train('whole')['ema'])
+
+
+def test_an_epoch_that_is_cut_short_is_saved(monkeypatch):
+    monkeypatch.setattr(torch, 'randperm', lambda count, **_: torch.arange(8))  # of 12
+    assert len(train(num_epochs=1)['losses']) == 2
+
+
+@pytest.mark.parametrize('kind', [torch.float32, torch.bool])
+def test_images_may_be_in_0_to_1_already(monkeypatch, kind):
+    """As a DataLoader's; of any size, whatever image_size is."""
+    monkeypatch.setattr(ddpm, 'load_images', lambda *_: (DIGITS / 255).round().to(kind).mT)
+    sevens = [train(f'{size}', image_size=size)['losses'] for size in (16, 32)]
+    monkeypatch.setattr(ddpm, 'load_images', lambda *_: 255 * (DIGITS / 255).round().byte().mT)
+    assert_identical(sevens, [train('bytes')['losses']] * 2)
+    assert ddpm.load_model('checkpoints/32').image_size == 16
+
+
 def test_seeds_differ_and_repeat():
     a, b, c, d = (train(f'{i}', num_epochs=1, seed=seed) for i, seed in enumerate((1, 1, 2, -1)))
     assert_identical(a, b)
