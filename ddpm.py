@@ -946,7 +946,7 @@ class Run:
         return self.losses[max(0, self.step - steps) : self.step].cpu().nanmedian().item()
 
     def check(self, steps=100):
-        """Raises UserError where the loss is far above the first or back at it, or weights are NaN."""
+        """Raises UserError where the loss is far above the first or back at it, or weights NaN."""
         loss, first = self.loss(steps), self.losses[0].nan_to_num(1).item()
         self.learned |= loss < 0.5 * first
         limit = 0.75 * first if self.learned and steps == 100 else 2 * first
