@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import SMALL, TINY, few_images
+from PIL import Image
 from timm.utils import ModelEmaV3
 
 import ddpm
@@ -264,7 +265,10 @@ def test_resumed_is_the_same_as_never_stopped(monkeypatch, half):
     assert bool(whole['scaler']) == (half is not None)
 
 
-@pytest.mark.parametrize('other', [torch.optim.SGD, torch.optim.RMSprop, torch.optim.NAdam])
+SGD = partial(torch.optim.SGD, momentum=0.9)
+
+
+@pytest.mark.parametrize('other', [torch.optim.SGD, SGD, torch.optim.RMSprop, torch.optim.NAdam])
 def test_another_optimizer_resumes_too(monkeypatch, other):
     monkeypatch.setattr(torch.optim, 'Adam', lambda weights, lr, **_: other(weights, lr))
     train('parts', num_epochs=1)
@@ -280,10 +284,12 @@ def test_an_epoch_that_is_cut_short_is_saved(monkeypatch):
 def test_images_may_be_in_0_to_1_already(monkeypatch, kind):
     """As a DataLoader's; of any size, whatever image_size is."""
     monkeypatch.setattr(ddpm, 'load_images', lambda *_: (DIGITS / 255).round().to(kind).mT)
-    sevens = [train(f'{size}', image_size=size)['losses'] for size in (16, 32)]
+    losses = [train(f'{n}', image_size=n, sample_every=2)['losses'] for n in (16, 32)]
     monkeypatch.setattr(ddpm, 'load_images', lambda *_: 255 * (DIGITS / 255).round().byte().mT)
-    assert_identical(sevens, [train('bytes')['losses']] * 2)
+    assert_identical(losses, [train('bytes')['losses']] * 2)
     assert ddpm.load_model('checkpoints/32').image_size == 16
+    with Image.open('outputs/32/progress/epoch_002.00.png') as grid:
+        assert grid.size[0] == 8 * (2 * 16 + 2) + 2
 
 
 def test_seeds_differ_and_repeat():
