@@ -275,9 +275,10 @@ def test_another_optimizer_resumes_too(monkeypatch, other):
     assert_identical(train('parts')['ema'], train('whole')['ema'])
 
 
-def test_an_epoch_that_is_cut_short_is_saved(monkeypatch):
+def test_an_epoch_that_is_cut_short_is_saved(monkeypatch, capsys):
     monkeypatch.setattr(torch, 'randperm', lambda count, **_: torch.arange(8))  # of 12
-    assert len(train(num_epochs=1)['losses']) == 2
+    losses = train(num_epochs=1)['losses']
+    assert len(losses) == 2 and f'Loss {losses.mean():.5f}' in capsys.readouterr().out
 
 
 @pytest.mark.parametrize('kind', [torch.float32, torch.bool])
