@@ -961,7 +961,7 @@ class Run:
         losses = self.losses[: self.step].clone().cpu()  # torch.save writes a view's whole storage
         state = {name: part.state_dict() for name, part in self.parts.items()}
         groups = state['optimizer']['param_groups']  # of plain values, not numpy's
-        state['optimizer']['param_groups'] = json.loads(json.dumps(groups, default=float))
+        state['optimizer']['param_groups'] = json.loads(json.dumps(groups))
         self.check()
         self.check(steps=10)
         state |= dict(unet=self.unet, config={**self.config, 'seed': self.seed}, losses=losses)

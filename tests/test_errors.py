@@ -232,6 +232,15 @@ def test_what_cannot_be_trained_on_can_be_sampled_from(workdir, good, statement,
     assert torch.equal(load().output_conv.bias, bias)
 
 
+def test_names_are_those_without_wrappers(workdir, good):
+    """Of DistributedDataParallel and torch.compile; what only sounds like them stays."""
+    names = [*torch.load(io.BytesIO(good))['ema'], 'module.time_module.x']
+    more = "ema['module.time_module.x'] = ema['module.output_conv.bias']\n"
+    wrap = "state['ema'] = {f'module._orig_mod.{name}': value for name, value in ema.items()}"
+    put(edited(good, more + wrap))
+    assert [*ddpm.load_checkpoint('checkpoints/tiny')['ema']] == names
+
+
 class Half(ddpm.DDPM_Scheduler):
     def __init__(self, num_time_steps=1000):
         super().__init__(num_time_steps)
