@@ -111,7 +111,6 @@ def test_a_unet_that_does_not_fit_is_refused(workdir, changes, words):
 
 
 def test_a_unet_may_compute_with_the_times(workdir, monkeypatch):
-    """As an embedding that is learned does."""
     forward = lambda self, x, t: self.output_conv.bias * t[:, None, None, None] / 20 + x  # noqa: E731
     monkeypatch.setattr(ddpm.UNET, 'forward', forward)
     ddpm.train(**{**TINY, 'num_epochs': 1})

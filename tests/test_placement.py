@@ -97,7 +97,6 @@ def watch(workdir, monkeypatch):
     ],
 )
 def test_16_bits_where_they_are_faster(monkeypatch, device, half, facts):
-    """AVX-512's bfloat16 is on AMD; on Intel it takes AMX."""
     known = dict.fromkeys(('_is_avx512_bf16_supported', '_is_amx_tile_supported'), True) | facts
     cpu = SimpleNamespace(**{name: lambda known=known[name]: known for name in known})
     cpu.get_capabilities = lambda: {'cpu_name': facts.get('cpu_name', 'Intel Xeon')}
@@ -110,7 +109,6 @@ def test_16_bits_where_they_are_faster(monkeypatch, device, half, facts):
 
 
 def test_channels_last_but_on_mps():
-    """There torch has open bugs with it."""
     model, formats = Mock(), []
     for device in ('cpu', 'cuda', 'mps'):
         ddpm.to_device(model, torch.device(device))

@@ -314,6 +314,9 @@ def test_the_strip_shows_the_articles_times(workdir, monkeypatch, T, num_steps):
     nearest = {min(times, key=lambda t: abs(t - wanted * T / 1000)) for wanted in ARTICLES_TIMES}
     columns = [round(255 * t / T) for t in sorted(nearest, reverse=True)]
     assert strip[50, 34::66].tolist() == columns
+    titles = [f't = {t}' for t in sorted(nearest, reverse=True)]
+    titled = ddpm.grid(torch.zeros(len(titles), 1, 32, 32), len(titles), titles)
+    assert np.array_equal(strip[:16], np.asarray(titled)[:16])
     with Image.open('outputs/tiny/reverse.gif') as film:
         bright = []
         for i in range(film.n_frames):

@@ -295,6 +295,7 @@ def test_seeds_differ_and_repeat():
     a, b, c, d = (train(f'{i}', num_epochs=1, seed=seed) for i, seed in enumerate((1, 1, 2, -1)))
     assert_identical(a, b)
     assert not torch.equal(a['losses'], c['losses'])
+    assert len({ddpm.fold_in(*numbers) for numbers in ((0, 1, 2), (0, 2, 1), (1, 0, 2))}) == 3
     assert d['config']['seed'] >= 0
     again = train('3', seed=-1)  # goes on with the seed drawn
     assert again['config']['seed'] == d['config']['seed'] and len(again['losses']) == 6
