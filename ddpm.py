@@ -902,7 +902,7 @@ class Run:
                     if torch.is_tensor(moment) and moment.ndim:
                         state[name] = torch.empty_like(parameter).copy_(moment.view_as(parameter))
             # the article's code records no losses, but its Adam has counted the steps
-            steps = max([0, *(int(state.get('step', 0)) for state in optimizer.state.values())])
+            steps = max((int(s.get('step', 0)) for s in optimizer.state.values()), default=0)
             losses = saved.get('losses', torch.full([steps], math.nan)).to(self.losses)
             self.losses = F.pad(losses, (saved.get('steps_before', 0), 0), value=math.nan)
         self.step = self.first_step = len(self.losses)

@@ -187,7 +187,7 @@ def test_the_file_run_by_another_program(workdir, monkeypatch, encoding, shown):
 
 
 @pytest.mark.parametrize('terminal, least, most', [(False, 9, 12), (True, 300, 6001)])
-def test_a_log_file_gets_a_line_a_minute(monkeypatch, terminal, least, most):
+def test_a_log_file_gets_a_line_a_minute(workdir, monkeypatch, terminal, least, most):
     """In ten minutes of ten steps a second, by a clock of our own; tqdm's monitor, which redraws a
     bar that is late, waits as long."""
     clock, err = [0.0], io.StringIO()
