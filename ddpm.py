@@ -873,7 +873,7 @@ class Run:
         if WORLD_SIZE > 1:  # process 0's for all
             dist.broadcast(seed, 0)
         self.seed = seed.item()
-        self.stop, self.learned = [], False  # signals to stop; whether the loss has been good
+        self.stop = []  # signals to stop
         self.step = self.first_step = 0  # steps done, and those done when this call began
 
     def resume(self, **parts):
@@ -906,8 +906,6 @@ class Run:
             losses = saved.get('losses', torch.full([steps], math.nan)).to(self.losses)
             self.losses = F.pad(losses, (saved.get('steps_before', 0), 0), value=math.nan)
         self.step = self.first_step = len(self.losses)
-        with suppress(UserError):
-            self.check()  # for self.learned; the losses of the article's code are not known
         print(f'{self.path}: resumed after step {self.step} of {self.total_steps}')
 
     def epochs(self):
@@ -946,10 +944,12 @@ class Run:
         return self.losses[max(0, self.step - steps) : self.step].cpu().nanmedian().item()
 
     def check(self, steps=100):
-        """Raises UserError where the loss is far above the first or back at it, or weights NaN."""
+        """Raises UserError where the loss is far above the first, and above the 1 of predicting 0,
+        or was below half of the first and is back near it, or where weights are not finite."""
         loss, first = self.loss(steps), self.losses[0].nan_to_num(1).item()
-        self.learned |= loss < 0.5 * first
-        limit = 0.75 * first if self.learned and steps == 100 else 2 * first
+        hundreds = self.losses[: self.step // 100 * 100].cpu().view(-1, 100).nanmedian(1).values
+        learned = steps == 100 and (hundreds < 0.5 * first).any()
+        limit = 0.75 * first if learned else 2 * max(first, 1)
         finite = torch.stack([w.isfinite().all() for w in self.parts['weights'].parameters()]).all()
         if not finite or (self.step >= 100 and not loss < limit):
             told = f'loss {loss:.3g}, at first {first:.3g}' if finite else 'weights are not finite'
