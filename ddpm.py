@@ -960,8 +960,8 @@ class Run:
         self.next_save = time.monotonic() + 60 * self.config['save_minutes']
         losses = self.losses[: self.step].clone().cpu()  # torch.save writes a view's whole storage
         state = {name: part.state_dict() for name, part in self.parts.items()}
-        groups = state['optimizer']['param_groups']  # of plain values, not numpy's
-        state['optimizer']['param_groups'] = json.loads(json.dumps(groups))
+        groups = state['optimizer']['param_groups']  # of plain values, not numpy's or tensors
+        state['optimizer']['param_groups'] = json.loads(json.dumps(groups, default=float))
         self.check()
         self.check(steps=10)
         state |= dict(unet=self.unet, config={**self.config, 'seed': self.seed}, losses=losses)
