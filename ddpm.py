@@ -338,7 +338,8 @@ def train(
                 # all that torch draws is a function of seed and step: so resuming is exact
                 torch.manual_seed(fold_in(run.seed, 1, run.step))
                 if lr_decay:
-                    optimizer.param_groups[0]['lr'] = lr * lr_schedule(run.step, run.total_steps)
+                    for group in optimizer.param_groups:
+                        group['lr'] = lr * lr_schedule(run.step, run.total_steps)
 
                 # Algorithm 1, lines 2 to 5
                 x = to_input(images[batch])  # (B, C, H, W) in [0, 1]
@@ -944,12 +945,11 @@ class Run:
         return self.losses[max(0, self.step - steps) : self.step].cpu().nanmedian().item()
 
     def check(self, steps=100):
-        """Raises UserError where the loss is far above the first, and above the 1 of predicting 0,
-        or was below half of the first and is back near it, or where weights are not finite."""
+        """Raises UserError where the loss is far above the first or back at it, or weights NaN."""
         loss, first = self.loss(steps), self.losses[0].nan_to_num(1).item()
         hundreds = self.losses[: self.step // 100 * 100].cpu().view(-1, 100).nanmedian(1).values
         learned = steps == 100 and (hundreds < 0.5 * first).any()
-        limit = 0.75 * first if learned else 2 * max(first, 1)
+        limit = 0.75 * first if learned else 2 * max(first, 1)  # 1: that of predicting 0
         finite = torch.stack([w.isfinite().all() for w in self.parts['weights'].parameters()]).all()
         if not finite or (self.step >= 100 and not loss < limit):
             told = f'loss {loss:.3g}, at first {first:.3g}' if finite else 'weights are not finite'
