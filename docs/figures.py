@@ -410,10 +410,10 @@ def play_ask():
     """Ten times the digits 0 to 9, of which the first ten are shown, and how many the labels of
     the nearest training digits agree with."""
     (_, scheduler), asked = pretrained(), torch.arange(100) % 10
-    rows, labels = [], []
+    asking_for, rows, labels = page()['asking_for'], [], []
     for scale in (0, 1, 2, 4):
         torch.manual_seed(0)
-        guided = page()['asking_for'](asked, scale)
+        guided = asking_for(asked, scale)
         *_, (_, x) = ddpm.reverse_process(guided, gaussian(0, 100, 1, 32, 32), scheduler, 20)
         right = (page()['labels'][nearest(x.clamp(0, 1))] == asked).sum()
         rows.append(x[:10])
