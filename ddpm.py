@@ -947,8 +947,8 @@ class Run:
     def check(self, steps=100):
         """Raises UserError where the loss is far above the first or back at it, or weights NaN."""
         loss, first = self.loss(steps), self.losses[0].nan_to_num(1).item()
-        hundreds = self.losses[: self.step // 100 * 100].cpu().view(-1, 100).nanmedian(1).values
-        learned = steps == 100 and (hundreds < 0.5 * first).any()
+        hundreds = self.losses[: self.step // 100 * 100].view(-1, 100)
+        learned = steps == 100 and (hundreds.cpu().nanmedian(1).values < 0.5 * first).any()
         limit = 0.75 * first if learned else 2 * max(first, 1)  # 1: that of predicting 0
         finite = torch.stack([w.isfinite().all() for w in self.parts['weights'].parameters()]).all()
         if not finite or (self.step >= 100 and not loss < limit):
